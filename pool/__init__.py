@@ -1,0 +1,105 @@
+"""Keyed pools of warm backends inside Celery workers.
+
+The names below are the public surface. They are imported on first use: the pool itself needs neither Celery nor Redis.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pool.errors import (
+    AcquireTimeout,
+    BackendClosed,
+    BackendUnavailable,
+    CommandFailed,
+    CommandTimeout,
+    ConfigError,
+    FileMissing,
+    FileOperationFailed,
+    InvalidKey,
+    NotOwner,
+    PathEscapeError,
+    PoolError,
+    PoolExhausted,
+)
+
+if TYPE_CHECKING:
+    from pool.backends.base import Backend, BackendStatus, Capabilities
+    from pool.backends.local import LocalFilesystemBackend
+    from pool.backends.memory import MemoryBackend
+    from pool.backends.output import ExecResult
+    from pool.backends.scoped import ScopedBackend
+    from pool.backends.ssh import RemoteFilesystemBackend
+    from pool.backends.workspace import FileStat
+    from pool.config import PoolConfig, Settings
+    from pool.manager import SHARED, BackendPoolManager, Borrowed
+    from pool.stats import PoolStats
+    from pool.worker.install import install
+    from pool.worker.maintenance import close_chat, close_idle_chats, sweep_shard
+    from pool.worker.task import PooledTask
+
+__all__ = [
+    "SHARED",
+    "AcquireTimeout",
+    "Backend",
+    "BackendClosed",
+    "BackendPoolManager",
+    "BackendStatus",
+    "BackendUnavailable",
+    "Borrowed",
+    "Capabilities",
+    "CommandFailed",
+    "CommandTimeout",
+    "ConfigError",
+    "ExecResult",
+    "FileMissing",
+    "FileOperationFailed",
+    "FileStat",
+    "InvalidKey",
+    "LocalFilesystemBackend",
+    "MemoryBackend",
+    "NotOwner",
+    "PathEscapeError",
+    "PoolConfig",
+    "PoolError",
+    "PoolExhausted",
+    "PoolStats",
+    "PooledTask",
+    "RemoteFilesystemBackend",
+    "ScopedBackend",
+    "Settings",
+    "close_chat",
+    "close_idle_chats",
+    "install",
+    "sweep_shard",
+]
+
+_HOME = {
+    "SHARED": "manager",
+    "Backend": "backends.base",
+    "BackendPoolManager": "manager",
+    "BackendStatus": "backends.base",
+    "Borrowed": "manager",
+    "Capabilities": "backends.base",
+    "ExecResult": "backends.output",
+    "FileStat": "backends.workspace",
+    "LocalFilesystemBackend": "backends.local",
+    "MemoryBackend": "backends.memory",
+    "PoolConfig": "config",
+    "PoolStats": "stats",
+    "PooledTask": "worker.task",
+    "RemoteFilesystemBackend": "backends.ssh",
+    "ScopedBackend": "backends.scoped",
+    "Settings": "config",
+    "close_chat": "worker.maintenance",
+    "close_idle_chats": "worker.maintenance",
+    "install": "worker.install",
+    "sweep_shard": "worker.maintenance",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pool' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pool.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

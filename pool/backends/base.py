@@ -1,0 +1,219 @@
+"""What the pool asks of every backend: connect, say how you are, close."""
+
+import asyncio
+import inspect
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, TypeVar
+
+from pool.errors import BackendClosed
+from pool.runtime import loop_thread
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT = 5.0
+"""Seconds that one tracked resource gets to close."""
+
+
+class BackendStatus(StrEnum):
+    """Where a backend is in its life."""
+
+    NEW = "new"
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    LOST = "lost"
+    """The connection broke; the next use, or the next acquire from a pool, makes a new one."""
+    CLOSED = "closed"
+    """Destroyed, for good."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a kind of backend can do."""
+
+    exec: bool = False
+    files: bool = False
+    max_users: int | None = None
+    """How many callers may hold one backend at a time; None: any number."""
+
+
+class Backend(ABC):
+    """Something warm. Subclasses write `open` and `close`; the pool calls `connect`, `check` and `destroy`.
+
+    ``open``, ``close``, ``check`` and ``tick_health`` run on the pool's event loop and must not block it
+    (``await asyncio.to_thread(...)`` for what does). The constructor gets the key's config and connects nothing.
+    """
+
+    kind: ClassVar[str] = "backend"
+    capabilities: Capabilities = Capabilities()
+
+    def __init__(self) -> None:
+        self._status = BackendStatus.NEW
+        self._listeners: list[Callable[[BackendStatus], object]] = []
+        self._closeables: list[Any] = []
+
+    # -- written by a kind of backend
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Make the connection. Raise `pool.errors.BackendUnavailable` with a ``reason`` when that fails."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the connection and everything that `open` started; also after half an `open`. Called once."""
+
+    async def check(self) -> None:
+        """Raise if the connection is dead. Called before a borrow after a long idle time."""
+
+    async def tick_health(self, now: float) -> None:
+        """Look after itself, once in every sweep of the pool. *now*: seconds, monotonic."""
+
+    def is_busy(self) -> bool:
+        """Say that it works although nobody holds it; then no sweep evicts it. Must not block."""
+        return False
+
+    # -- called by the pool and by users
+
+    @property
+    def status(self) -> BackendStatus:
+        """Where it is in its life."""
+        return self._status
+
+    @property
+    def usable(self) -> bool:
+        """Whether the pool may hand it out."""
+        return self._status is BackendStatus.CONNECTED
+
+    def on_status_change(self, listener: Callable[[BackendStatus], object]) -> Callable[[], None]:
+        """Call *listener* with each new status, on the event loop's thread; returns a function that ends it."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener) if listener in self._listeners else None
+
+    def _set_status(self, status: BackendStatus) -> None:
+        if status is self._status or self._status is BackendStatus.CLOSED:
+            return
+        self._status = status
+        for listener in list(self._listeners):
+            try:
+                listener(status)
+            except Exception:
+                logger.exception("a status listener of %r failed", self)
+
+    async def connect(self) -> None:
+        """`open`, with the status kept."""
+        if self._status is BackendStatus.CLOSED:
+            raise BackendClosed(f"{self!r} is closed")
+        self._set_status(BackendStatus.CONNECTING)
+        try:
+            await self.open()
+        except BaseException:
+            self._set_status(BackendStatus.LOST)
+            raise
+        self._set_status(BackendStatus.CONNECTED)
+
+    def track_closeable(self, resource: T) -> T:
+        """Close *resource* when this backend is destroyed, last tracked first; returns it.
+
+        It needs an ``aclose()`` or ``close()`` (plain or async), or be an async context manager that was entered by
+        `enter_context`.
+        """
+        if not (hasattr(resource, "aclose") or hasattr(resource, "close")):
+            raise TypeError(f"{resource!r} has neither aclose() nor close(): nothing could close it")
+        self._closeables.append(resource)
+        return resource
+
+    def enter_context(self, manager: AbstractAsyncContextManager[T]) -> T:
+        """Enter an async context manager on the event loop; it is left when this backend is destroyed."""
+        return loop_thread().run(self.aenter_context(manager))
+
+    async def aenter_context(self, manager: AbstractAsyncContextManager[T]) -> T:
+        """`enter_context` for any event loop."""
+        return await loop_thread().arun(self._enter(manager))
+
+    async def _enter(self, manager: AbstractAsyncContextManager[T]) -> T:
+        keeper = _ContextKeeper(manager)
+        value: T = await keeper.enter()
+        self.track_closeable(keeper)
+        return value
+
+    def destroy(self) -> None:
+        """Close it and what it tracks. Can be repeated. Users that are still at work see `BackendClosed`."""
+        loop_thread().run(self._destroy())
+
+    async def adestroy(self) -> None:
+        """`destroy` for any event loop."""
+        await loop_thread().arun(self._destroy())
+
+    async def _destroy(self) -> None:
+        if self._status is BackendStatus.CLOSED:
+            return
+        self._set_status(BackendStatus.CLOSED)
+        closeables, self._closeables = self._closeables, []
+        try:
+            for resource in reversed(closeables):
+                await _close_resource(resource)
+        finally:
+            await self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._status}>"
+
+
+class _ContextKeeper:
+    """Enters and leaves an async context manager in one and the same task.
+
+    anyio's cancel scopes (the ``mcp`` client is full of them) must be left by the task that entered them.
+    """
+
+    def __init__(self, manager: AbstractAsyncContextManager[Any]) -> None:
+        self._manager = manager
+        self._entered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._leave = asyncio.Event()
+        self._task = asyncio.create_task(self._keep())
+
+    async def _keep(self) -> None:
+        try:
+            async with self._manager as value:
+                self._entered.set_result(value)
+                await self._leave.wait()
+        except BaseException as error:
+            if self._entered.done():
+                raise
+            self._entered.set_exception(error)
+
+    async def enter(self) -> Any:
+        try:
+            return await asyncio.shield(self._entered)
+        except asyncio.CancelledError:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+            raise
+
+    async def aclose(self) -> None:
+        self._leave.set()
+        try:
+            await asyncio.shield(self._task)
+        except asyncio.CancelledError:  # out of patience with it
+            self._task.cancel()
+            raise
+
+
+async def _close_resource(resource: Any) -> None:
+    """Close one tracked resource, bounded; a failure is logged, so that the others are closed too."""
+    close: Callable[[], Awaitable[None] | None] = getattr(resource, "aclose", None) or resource.close
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            if inspect.iscoroutinefunction(close):
+                await close()
+            else:  # a plain close() may block
+                result = await asyncio.to_thread(close)
+                if inspect.isawaitable(result):
+                    await result
+    except Exception:
+        logger.exception("closing %r, which a backend tracked, failed", resource)

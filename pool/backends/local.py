@@ -1,0 +1,232 @@
+"""A folder of this machine."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import stat as stat_bits
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pool.backends.base import Capabilities
+from pool.backends.output import Capture, Stream
+from pool.backends.paths import refuse_outside
+from pool.backends.shell import KILL_GRACE, ShellCommand, check_env
+from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
+from pool.config import check_number
+from pool.errors import BackendClosed, BackendUnavailable, FileOperationFailed
+
+T = TypeVar("T")
+
+_PASSED_ON = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
+"""Variables of the worker that commands see. Nothing else: the worker's environment holds its secrets."""
+
+_KILL_PATIENCE = KILL_GRACE + 5.0
+"""Seconds for a killed command to be gone."""
+
+
+class LocalFilesystemBackend(WorkspaceBackend):
+    """Commands and files under *root_dir* on the worker's own machine; the folder is made on connect.
+
+    *env*: added to the environment of every command. *max_output*: bytes of each stream that are kept.
+    """
+
+    kind = "local"
+    capabilities = Capabilities(exec=True, files=True)
+
+    def __init__(
+        self, root_dir: str | os.PathLike[str], *, env: Mapping[str, str] | None = None, max_output: int = MAX_OUTPUT
+    ) -> None:
+        super().__init__()
+        check_number("max_output", max_output, "must be more than 0", unit="bytes")
+        self.root = os.path.abspath(os.path.expanduser(root_dir))  # noqa: PTH100, PTH111 - keeps the text form
+        self.max_output = max_output
+        self.base_env = {**{n: os.environ[n] for n in _PASSED_ON if n in os.environ}, **check_env(env)}
+        self._running: set[_Command] = set()
+
+    async def open(self) -> None:
+        try:
+            await asyncio.to_thread(os.makedirs, self.root, exist_ok=True)
+        except OSError as error:
+            raise BackendUnavailable(f"root_dir {self.root!r}: {error.strerror}", "setup", None) from error
+        self.root = os.path.realpath(self.root)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(command.kill() for command in self._running))
+
+    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
+        shell = ShellCommand(command, cwd.full, cwd.root, {})
+        loop = asyncio.get_running_loop()
+        running = _Command(capture)
+        try:
+            await loop.subprocess_exec(
+                lambda: running, *shell.argv, env=dict(env), cwd=self.root, start_new_session=True
+            )
+        except OSError as error:
+            raise FileOperationFailed.of(error.errno or 0, "start of", command[:80]) from error
+        self._running.add(running)
+        try:
+            code = await running.ended()
+        finally:
+            self._running.discard(running)
+        if not self.usable:
+            raise BackendClosed(f"{self!r} was closed while the command ran")
+        shell.raise_notice(code, capture.tail())
+        return code
+
+    # -- files: the calls block, so they run in threads
+
+    async def read_file(self, place: Place) -> bytes:
+        return await self._guarded("read", place, lambda real: Path(real).read_bytes())
+
+    async def write_file(self, place: Place, data: bytes) -> None:
+        await self._guarded("write", place, lambda real: _replace(real, data))
+
+    async def list_folder(self, place: Place) -> list[str]:
+        return await self._guarded("readdir", place, os.listdir)
+
+    async def make_folder(self, place: Place) -> None:
+        await self._guarded("mkdir", place, lambda real: os.makedirs(real, exist_ok=True))
+
+    async def stat_file(self, place: Place) -> FileStat:
+        def describe(real: str) -> FileStat:
+            found = os.stat(real)  # noqa: PTH116 - a text path all the way
+            return FileStat(found.st_size, found.st_mtime, found.st_mode, stat_bits.S_ISDIR(found.st_mode))
+
+        return await self._guarded("stat", place, describe)
+
+    async def remove(self, place: Place, *, recursive: bool) -> None:
+        def remove(path: str) -> None:
+            if os.path.islink(path) or not os.path.isdir(path):  # noqa: PTH112, PTH114
+                os.unlink(path)  # noqa: PTH108
+            elif recursive:
+                shutil.rmtree(path)
+            else:
+                os.rmdir(path)  # noqa: PTH106
+
+        await self._guarded("rm", place, remove, follow=False)
+
+    async def move(self, source: Place, target: Place) -> None:
+        def move(path: str) -> None:
+            os.replace(path, _real(target, follow=False))  # noqa: PTH105
+
+        await self._guarded("rename", source, move, follow=False)
+
+    async def touch_file(self, place: Place) -> None:
+        def touch(real: str) -> None:
+            os.makedirs(os.path.dirname(real), exist_ok=True)  # noqa: PTH103, PTH120
+            Path(real).touch()
+
+        await self._guarded("touch", place, touch)
+
+    async def _guarded(self, operation: str, place: Place, work: Callable[[str], T], *, follow: bool = True) -> T:
+        """Call *work* with the symlink-free path, in a thread; map what it raises."""
+
+        def call() -> T:
+            return work(_real(place, follow=follow))
+
+        try:
+            return await asyncio.to_thread(call)
+        except FileOperationFailed:
+            raise
+        except OSError as error:
+            raise FileOperationFailed.of(error.errno or 0, operation, place.path) from error
+
+
+def _real(place: Place, *, follow: bool = True) -> str:
+    """Return the path without symlinks (without *follow* the last one stays) if it is inside its root."""
+    root = os.path.realpath(place.root)
+    if follow or place.path == ".":
+        real = os.path.realpath(place.full)
+    else:
+        folder, name = os.path.split(place.full)
+        real = os.path.join(os.path.realpath(folder), name)  # noqa: PTH118
+    refuse_outside(real, root, place.path)
+    return real
+
+
+def _replace(path: str, data: bytes) -> None:
+    """Write beside the file, then rename over it."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+    if os.path.isdir(path):  # noqa: PTH112
+        raise IsADirectoryError(21, os.strerror(21))
+    handle, temporary = tempfile.mkstemp(prefix=f".{name[:100]}.", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, _mode_for(path))  # noqa: PTH101
+        os.replace(temporary, path)  # noqa: PTH105
+    except BaseException:
+        os.unlink(temporary)  # noqa: PTH108
+        raise
+
+
+def _mode_for(path: str) -> int:
+    """Return the mode of the file that is replaced, or the ordinary one for a new file."""
+    try:
+        return stat_bits.S_IMODE(os.stat(path).st_mode)  # noqa: PTH116
+    except FileNotFoundError:
+        return 0o666 & ~_UMASK
+
+
+def _read_umask() -> int:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask
+
+
+_UMASK = _read_umask()  # once, at import: reading it changes it for a moment
+
+
+class _Command(asyncio.SubprocessProtocol):
+    """One running command: feeds its output to the capture; ended when it exited and closed its output."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._transport: Any = None
+        self._open_pipes = {1, 2}
+        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        stream: Stream = "stdout" if fd == 1 else "stderr"
+        self._capture.feed(stream, data)
+        pipe = self._transport.get_pipe_transport(fd)
+        if self._capture.full(pipe.resume_reading):
+            pipe.pause_reading()
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:  # noqa: ARG002
+        self._open_pipes.discard(fd)
+        self._finish()
+
+    def process_exited(self) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        code = self._transport.get_returncode()
+        if code is not None and not self._open_pipes and not self._ended.done():
+            self._ended.set_result(code if code >= 0 else 128 - code)
+            self._transport.close()
+
+    async def ended(self) -> int:
+        """Return the exit code; cancelled, kill the process group first."""
+        try:
+            return await asyncio.shield(self._ended)
+        except asyncio.CancelledError:
+            await self.kill()
+            raise
+
+    async def kill(self) -> None:
+        """Let go of the lifeline, so that the supervising shell kills the group; make sure of it."""
+        self._transport.get_pipe_transport(0).close()
+        done, _ = await asyncio.wait({self._ended}, timeout=_KILL_PATIENCE)
+        if not done:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._transport.get_pid(), signal.SIGKILL)
+            self._transport.close()

@@ -1,0 +1,110 @@
+"""The supervised shell: how a command runs, on this machine and on a remote one.
+
+A small POSIX shell script runs the command in the session's process group with an empty stdin. The script's own
+stdin is a lifeline that the worker holds: when it ends - a timeout, a cancel, a lost connection, a worker that was
+killed - the whole process group gets TERM, then KILL. So nothing outlives whoever asked for it.
+(A command that makes a session of its own, such as a daemon, leaves the group, and stays.)
+"""
+
+import re
+import secrets
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from pool.backends.paths import refuse_outside
+from pool.errors import ConfigError, FileOperationFailed, PathEscapeError
+
+KILL_GRACE = 0.5
+"""Seconds between TERM and KILL."""
+
+_NOTICE_CODE = 254
+
+# $1 command  $2 folder  $3 root  $4 token  $5 "s" if a line of setup comes first on stdin
+_SCRIPT = f"""\
+exec 3<&0 </dev/null
+cmd=$1
+if [ "$5" = s ]; then IFS= read -r line <&3; eval "$(printf %b "$line")"; fi
+cd -P -- "$2" 2>/dev/null || {{ echo "$4 cwd" >&2; exit {_NOTICE_CODE}; }}
+case "${{PWD%/}}/" in "${{3%/}}"/*) ;; *) echo "$4 escape $PWD" >&2; exit {_NOTICE_CODE};; esac
+( trap "" TERM HUP INT; read -r x <&3; kill -s USR1 $$; kill -s TERM -- -$$
+  sleep {KILL_GRACE}; kill -s KILL -- -$$ ) >/dev/null 2>&1 &
+guard=$!
+exec 3<&-
+ended=
+trap ended=1 USR1
+trap : TERM
+/bin/sh -c "$cmd"
+code=$?
+[ -n "$ended" ] && wait $guard
+kill -s KILL $guard 2>/dev/null
+exit $code
+"""
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ARGUMENT_LIMIT = 60_000
+"""A longer command goes through stdin: Linux takes at most 128 KiB in one argument."""
+
+
+class ShellCommand:
+    """One command, ready to be started: ``argv`` (or ``line`` for a login shell) and a line of ``setup`` for stdin."""
+
+    def __init__(self, command: str, folder: str, root: str, env: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.root = root
+        self.token = secrets.token_hex(8)
+        self.setup = b""
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
+        if exports or len(command) > _ARGUMENT_LIMIT:
+            # Through stdin, where no `ps` shows it; escaped into one line for `read` and `printf %b`.
+            script = f"{exports}cmd={shlex.quote(command)}\n"
+            self.setup = _escape(script.encode("utf-8", "surrogateescape")) + b"\n"
+            command = ""
+        self.argv = ["/bin/sh", "-c", _SCRIPT, "pool", command, folder, root, self.token, "s" if self.setup else ""]
+
+    @property
+    def line(self) -> str:
+        """The command as one line for the login shell of a remote user."""
+        return "exec " + shlex.join(self.argv)
+
+    def raise_notice(self, exit_code: int, stderr: str) -> None:
+        """Raise what the script found wrong before it started the command."""
+        if exit_code != _NOTICE_CODE or self.token not in stderr:
+            return
+        what, _, where = stderr[stderr.index(self.token) + len(self.token) :].strip().partition(" ")
+        if what == "cwd":
+            raise FileOperationFailed.of(2, "cwd", self.folder, "no such folder, or not accessible")
+        refuse_outside(where, self.root, self.folder)
+        raise PathEscapeError(f"cwd {self.folder!r} leaves the root {self.root!r}")
+
+
+def check_command(command: Any) -> str:
+    """Return *command*, or raise `ConfigError`."""
+    if not isinstance(command, str):
+        raise ConfigError(f"command={command!r}: must be text for /bin/sh, not {type(command).__name__}")
+    if not command.strip():
+        raise ConfigError("command is empty")
+    if "\x00" in command:
+        raise ConfigError(f"command={command[:80]!r}: must not contain a NUL character")
+    return command
+
+
+def check_env(env: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return *env* as names and texts, or raise `ConfigError` (the value is not shown: it may be a secret)."""
+    checked = {}
+    for name, value in (env or {}).items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ConfigError(f"env name {name!r}: must be letters, digits and _, not starting with a digit")
+        if not isinstance(value, str):
+            raise ConfigError(f"env {name}: its value must be text, not {type(value).__name__}")
+        if "\x00" in value:
+            raise ConfigError(f"env {name}: its value must not contain a NUL character")
+        checked[name] = value
+    return checked
+
+
+_ESCAPES = [bytes([code]) if 0x20 <= code < 0x7F and code != 0x5C else b"\\0%03o" % code for code in range(256)]
+
+
+def _escape(script: bytes) -> bytes:
+    return b"".join([_ESCAPES[byte] for byte in script])

@@ -1,0 +1,283 @@
+"""A folder of a remote host: commands and files over one SSH connection (asyncssh)."""
+
+import asyncio
+import os
+import shlex
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+
+from pool.backends.base import BackendStatus, Capabilities
+from pool.backends.channels import Channels, CommandSession
+from pool.backends.output import Capture
+from pool.backends.sftp import RemoteFiles
+from pool.backends.shell import ShellCommand, check_env
+from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
+from pool.config import check_number
+from pool.errors import BackendClosed, BackendUnavailable, ConfigError, PoolError
+
+# Makes the root and tells its symlink-free path behind a token, so that talk of the login shell does no harm.
+_PREPARE = 'mkdir -p -- "$1" && cd -P -- "$1" && printf "%s%s\\n" "$2" "$PWD"'
+_TOKEN = "pool-root:"
+
+_CLOSE_PATIENCE = 2.0
+"""Seconds for a connection to close politely."""
+_CHECK_TIMEOUT = 5.0
+"""Seconds for a host to answer `RemoteFilesystemBackend.check`."""
+
+
+class RemoteFilesystemBackend(WorkspaceBackend):
+    """Commands and files under *root_dir* of a host, over one SSH connection.
+
+    *root_dir*: made on connect; relative to the login folder unless absolute. *client_keys*: private key files; None:
+    the user's default keys and agent. *known_hosts*: file with the host's key; None: the user's own; *insecure*: do
+    not verify it (for tests of your own network only). *password_env*, *passphrase_env*: names of the worker's
+    environment variables that hold a password, or the passphrase of the keys. *keepalive_interval* (seconds) times
+    *keepalive_count* is how long a silent host is believed to be alive. *max_channels*: commands at a time; keep it
+    below the server's MaxSessions minus one (file operations share one channel more); what exceeds it waits.
+    *max_output*: bytes of each output stream that are kept. *env*: added to the environment of every command.
+    """
+
+    kind = "ssh"
+    capabilities = Capabilities(exec=True, files=True)
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        port: int = 22,
+        username: str | None = None,
+        root_dir: str = ".",
+        client_keys: str | Sequence[str] | None = None,
+        known_hosts: str | None = None,
+        insecure: bool = False,
+        password_env: str | None = None,
+        passphrase_env: str | None = None,
+        keepalive_interval: float = 15.0,
+        keepalive_count: int = 3,
+        max_channels: int = 8,
+        max_output: int = MAX_OUTPUT,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        check_number("max_output", max_output, "must be more than 0", unit="bytes")
+        check_number("max_channels", max_channels, "must be 1 or more", unit="channels")
+        check_number("keepalive_interval", keepalive_interval, "must be more than 0")
+        check_number("keepalive_count", keepalive_count, "must be 1 or more", unit="messages")
+        self.host, self.port, self.username = host, port, username
+        self.root_dir = root_dir
+        self.root = root_dir
+        self.max_output = max_output
+        self.base_env = check_env(env)
+        self._client_keys = [client_keys] if isinstance(client_keys, str) else client_keys
+        self._known_hosts = known_hosts
+        self._insecure = insecure
+        self._password_env, self._passphrase_env = password_env, passphrase_env
+        self._keepalive = (keepalive_interval, keepalive_count)
+        self._max_channels = max_channels
+        self._connection: asyncssh.SSHClientConnection | None = None
+        self._channels = Channels(max_channels)
+        self._files = RemoteFiles(self)
+
+    # -- life
+
+    async def open(self) -> None:
+        options = self._options()
+        try:
+            connection = await asyncssh.connect(self.host, self.port, client_factory=self._client, **options)
+        except (OSError, asyncssh.Error, ValueError) as error:
+            raise self._connect_error(error) from error
+        self._connection = connection
+        self._channels = Channels(self._max_channels)
+        self._files = RemoteFiles(self)
+        self.root = await self._make_root(connection)
+
+    def _options(self) -> dict[str, Any]:
+        """Everything for asyncssh; secrets are read here, at the last moment, and kept nowhere."""
+        options: dict[str, Any] = {
+            "config": None,  # the hosts file is the only place to look, not ~/.ssh/config
+            "keepalive_interval": self._keepalive[0],
+            "keepalive_count_max": self._keepalive[1],
+            "agent_forwarding": False,
+        }
+        if self.username is not None:
+            options["username"] = self.username
+        if self._insecure:
+            options["known_hosts"] = None
+        elif self._known_hosts is not None:
+            options["known_hosts"] = _readable("known_hosts", self._known_hosts)
+        if self._client_keys is not None:
+            options["client_keys"] = [_readable("client_keys", key) for key in self._client_keys]
+            options["agent_path"] = None
+        for option, name in (("password", self._password_env), ("passphrase", self._passphrase_env)):
+            if name is not None:
+                if name not in os.environ:
+                    raise ConfigError(f"{option}_env={name!r}: the worker has no such environment variable")
+                options[option] = os.environ[name]
+        return options
+
+    def _client(self) -> "_Client":
+        return _Client(self)
+
+    def _connect_error(self, error: Exception) -> PoolError:
+        """Say what went wrong in a `BackendUnavailable`; ``retry_after`` is None when only a person can help."""
+        where = f"{self.username or 'the current user'}@{self.host}:{self.port}"
+        if isinstance(error, asyncssh.HostKeyNotVerifiable):
+            whose = self._known_hosts or "~/.ssh/known_hosts"
+            text = f"{where}: the host key is unknown or was changed; compare it, then put it into {whose} ({error.reason})"
+            return BackendUnavailable(text, "host_key", None)
+        if isinstance(error, asyncssh.PermissionDenied):
+            return BackendUnavailable(f"{where}: login refused: {error.reason}", "login", None)
+        if isinstance(error, asyncssh.KeyImportError | asyncssh.KeyEncryptionError | ValueError):
+            return ConfigError(f"{where}: client_keys or known_hosts cannot be used: {error}")
+        if isinstance(error, socket.gaierror):
+            return BackendUnavailable(f"{where}: unknown host: {error.strerror}", "resolve", 0.0)
+        if isinstance(error, ConnectionRefusedError):
+            return BackendUnavailable(f"{where}: connection refused: no SSH server on this port?", "refused", 0.0)
+        if isinstance(error, TimeoutError):
+            return BackendUnavailable(f"{where}: no answer in time", "timeout", 0.0)
+        if isinstance(error, asyncssh.Error):
+            return BackendUnavailable(f"{where}: connection lost while logging in: {error.reason}", "lost", 0.0)
+        return BackendUnavailable(f"{where}: unreachable: {error}", "unreachable", 0.0)
+
+    async def _make_root(self, connection: asyncssh.SSHClientConnection) -> str:
+        folder = "." + self.root_dir[1:] if self.root_dir.split("/")[0] == "~" else self.root_dir
+        capture = Capture(64 * 1024)
+        line = "exec " + shlex.join(["/bin/sh", "-c", _PREPARE, "pool", folder, _TOKEN])
+        code = await (await self._start(connection, line, capture)).ended()
+        output = capture.streams["stdout"].tail_text(64 * 1024)
+        if code or _TOKEN not in output:
+            why = capture.tail() or f"exit code {code}"
+            text = f"{self.host}: cannot make or enter root_dir {self.root_dir!r}: {why}"
+            raise BackendUnavailable(text, "setup", None)
+        return output.rpartition(_TOKEN)[2].rstrip("\n")
+
+    def _lost(self, error: Exception | None) -> None:
+        """Note that the connection is gone; called by asyncssh."""
+        self._connection = None
+        if self.usable:
+            self._lost_why = str(error or "the host closed the connection")
+            self._set_status(BackendStatus.LOST)
+
+    async def check(self) -> None:
+        """Have the host run an empty command."""
+        try:
+            async with asyncio.timeout(_CHECK_TIMEOUT):
+                await (await self._start(await self.live_connection(), "exec true", Capture(1024))).ended()
+        except TimeoutError as error:
+            raise BackendUnavailable(f"{self.host}: no answer within {_CHECK_TIMEOUT:g} s", "timeout", 0.0) from error
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        connection.close()
+        try:
+            async with asyncio.timeout(_CLOSE_PATIENCE):
+                await connection.wait_closed()
+        except TimeoutError:
+            connection.abort()
+
+    # -- commands
+
+    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
+        shell = ShellCommand(command, cwd.full, cwd.root, env)
+        session = await self._start_anew(shell.line, capture, shell.setup)
+        code = await session.ended()
+        shell.raise_notice(code, capture.tail())
+        return code
+
+    async def _start_anew(self, line: str, capture: Capture, setup: bytes) -> CommandSession:
+        """`_start`, once more on a new connection if the present one turns out to be dead: nothing ran on it yet."""
+        connection = await self.live_connection()
+        try:
+            return await self._start(connection, line, capture, setup)
+        except BackendUnavailable:
+            if not connection.is_closed():
+                raise
+        return await self._start(await self.live_connection(), line, capture, setup)
+
+    async def _start(
+        self, connection: asyncssh.SSHClientConnection, line: str, capture: Capture, setup: bytes = b""
+    ) -> CommandSession:
+        session = CommandSession(self, capture)
+        try:
+            await self._channels.open(connection, session, line, setup)
+        except asyncssh.Error as error:
+            raise self.lost_error(error) from error
+        return session
+
+    async def live_connection(self) -> asyncssh.SSHClientConnection:
+        """Return the connection, made anew if it was lost."""
+        await self.ready()
+        if self._connection is None:
+            raise self.lost_error()
+        return self._connection
+
+    def lost_error(self, error: Exception | None = None) -> PoolError:
+        """Return what a user of a connection that broke gets to see."""
+        if self.status is BackendStatus.CLOSED:
+            return BackendClosed(f"{self!r} was closed while it was in use")
+        why = getattr(error, "reason", None) or error or getattr(self, "_lost_why", "it broke")
+        return BackendUnavailable(f"{self.host}: connection lost: {why}", "lost", 0.0)
+
+    # -- files
+
+    @property
+    def channels(self) -> Channels:
+        """The channels of the present connection."""
+        return self._channels
+
+    async def read_file(self, place: Place) -> bytes:
+        return await self._files.read(place)
+
+    async def write_file(self, place: Place, data: bytes) -> None:
+        await self._files.write(place, data)
+
+    async def list_folder(self, place: Place) -> list[str]:
+        return await self._files.names(place)
+
+    async def make_folder(self, place: Place) -> None:
+        await self._files.mkdir(place)
+
+    async def stat_file(self, place: Place) -> FileStat:
+        return await self._files.stat(place)
+
+    async def remove(self, place: Place, *, recursive: bool) -> None:
+        await self._files.remove(place, recursive=recursive)
+
+    async def move(self, source: Place, target: Place) -> None:
+        await self._files.move(source, target)
+
+    async def touch_file(self, place: Place) -> None:
+        await self._files.touch(place)
+
+    def __repr__(self) -> str:
+        user = f"{self.username}@" if self.username else ""
+        return f"<{type(self).__name__} {user}{self.host}:{self.port} {self.root!r} {self.status}>"
+
+
+class _Client(asyncssh.SSHClient):
+    """Tells the backend when its connection is gone."""
+
+    def __init__(self, backend: RemoteFilesystemBackend) -> None:
+        self._backend = backend
+        self._connection: asyncssh.SSHClientConnection | None = None
+
+    def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+        self._connection = conn
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._connection is self._backend._connection:
+            self._backend._lost(exc)
+
+
+def _readable(field: str, path: str) -> str:
+    """Return the path of a file that can be read, or raise `ConfigError`."""
+    expanded = Path(path).expanduser()
+    if not os.access(expanded, os.R_OK):
+        raise ConfigError(f"{field}={path!r}: no such file, or not readable by the worker")
+    return str(expanded)

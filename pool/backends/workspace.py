@@ -1,0 +1,346 @@
+"""Commands and files under a root: the doors that task code uses, the same for every kind of backend.
+
+Each door exists twice: ``exec`` blocks the calling thread, ``aexec`` is awaited, from any event loop. Both check
+their arguments and the path rules, then hand over to a `Driver`, which does the IO on the pool's event loop.
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pool.backends.base import Backend
+from pool.backends.output import Capture, Decoder, DirectSink, ExecResult, OnOutput, Sink, ThreadSink
+from pool.backends.paths import normalise
+from pool.backends.shell import check_command, check_env
+from pool.config import check_number
+from pool.errors import CommandFailed, CommandTimeout, ConfigError, FileMissing
+from pool.runtime import loop_thread
+
+if TYPE_CHECKING:
+    from pool.backends.scoped import ScopedBackend
+
+T = TypeVar("T")
+
+MAX_OUTPUT = 1 << 20
+"""Bytes of each output stream that are kept, unless the backend's config says otherwise."""
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """What `stat` tells. ``size`` in bytes, ``mtime`` in seconds since 1970, ``mode`` as in `os.stat_result`."""
+
+    size: int
+    mtime: float
+    mode: int
+    is_dir: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """A path that has passed the rules: ``path`` relative to ``root``, which is absolute."""
+
+    root: str
+    path: str
+
+    @property
+    def full(self) -> str:
+        """The absolute path."""
+        return self.root if self.path == "." else f"{self.root.rstrip('/')}/{self.path}"
+
+
+class Driver(ABC):
+    """What a kind of backend does on the event loop. File errors are `FileOperationFailed`, never the library's."""
+
+    root: str
+    """Absolute; known once it is connected."""
+    max_output: int = MAX_OUTPUT
+    base_env: Mapping[str, str] = {}
+
+    @abstractmethod
+    async def ready(self) -> None:
+        """Connect if it is not connected. Raise `BackendClosed` after `destroy`."""
+
+    @abstractmethod
+    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
+        """Run to the end and return the exit code; 128 + n for a command that died of signal n.
+
+        Cancelled, it kills the command's process group before it ends. A connection that is lost under way raises.
+        """
+
+    @abstractmethod
+    async def read_file(self, place: Place) -> bytes:
+        """Return the whole file."""
+
+    @abstractmethod
+    async def write_file(self, place: Place, data: bytes) -> None:
+        """Replace the file as a whole: readers see the old content or the new one. Makes missing folders."""
+
+    @abstractmethod
+    async def list_folder(self, place: Place) -> list[str]:
+        """Return the names in the folder."""
+
+    @abstractmethod
+    async def make_folder(self, place: Place) -> None:
+        """Make the folder and its parents; one that exists is fine."""
+
+    @abstractmethod
+    async def stat_file(self, place: Place) -> FileStat:
+        """Describe the file or folder, following symlinks inside the root."""
+
+    @abstractmethod
+    async def remove(self, place: Place, *, recursive: bool) -> None:
+        """Remove a file or an empty folder (*recursive*: any folder). A symlink is removed, never its target."""
+
+    @abstractmethod
+    async def move(self, source: Place, target: Place) -> None:
+        """Rename; an existing target file is replaced."""
+
+    @abstractmethod
+    async def touch_file(self, place: Place) -> None:
+        """Make an empty file, or set the time of an existing one to now."""
+
+
+class Workspace(ABC):
+    """Commands and files under one folder of a driver."""
+
+    _driver: Driver
+    _base = "."  # of this workspace, relative to the driver's root
+    _env: Mapping[str, str] = {}
+
+    # -- commands
+
+    def exec(
+        self,
+        command: str,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+        on_output: OnOutput | None = None,
+        *,
+        encoding: str | None = "utf-8",
+    ) -> ExecResult[Any]:
+        """Run *command* by ``/bin/sh -c`` and wait until it has ended and closed its output.
+
+        *cwd* is relative to the root. *timeout*: seconds for the whole call, after which the command's process group
+        is killed. *on_output* is called in this thread with each piece of output and its stream's name. Output is
+        text (errors replaced), or bytes with ``encoding=None``; of each stream ``max_output`` bytes are kept.
+
+        Raises `CommandFailed` (unless ``check=False``), `CommandTimeout`, `BackendUnavailable` when the connection is
+        lost, `BackendClosed`, `PathEscapeError`, `ConfigError`.
+        """
+        if on_output is None:
+            return loop_thread().run(self._exec(command, cwd, env, timeout, check, None, encoding))
+        sink = ThreadSink(Decoder(on_output, encoding))
+        return sink.drive(loop_thread().spawn(self._exec(command, cwd, env, timeout, check, sink, encoding)))
+
+    async def aexec(
+        self,
+        command: str,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+        on_output: OnOutput | None = None,
+        *,
+        encoding: str | None = "utf-8",
+    ) -> ExecResult[Any]:
+        """`exec` for any event loop; *on_output* is called on the pool's own loop and must not block it."""
+        decoder = Decoder(on_output, encoding) if on_output is not None else None
+        sink = DirectSink(decoder) if decoder is not None else None
+        result = await loop_thread().arun(self._exec(command, cwd, env, timeout, check, sink, encoding))
+        if decoder is not None:
+            decoder.finish()
+        return result
+
+    async def _exec(
+        self,
+        command: str,
+        cwd: str | None,
+        env: Mapping[str, str] | None,
+        timeout: float | None,  # noqa: ASYNC109 - part of the public call
+        check: bool,
+        sink: Sink | None,
+        encoding: str | None,
+    ) -> ExecResult[Any]:
+        check_command(command)
+        own_env = check_env(env)
+        if timeout is not None:
+            check_number("timeout", timeout, "must be more than 0, or None for no limit")
+        capture = Capture(self._driver.max_output, sink)
+        started = monotonic()
+        try:
+            async with asyncio.timeout(timeout) as clock:
+                await self._driver.ready()
+                environment = {**self._driver.base_env, **self._env, **own_env}
+                code = await self._driver.run(command, self._place(cwd or "."), environment, capture)
+        except TimeoutError:
+            if timeout is None or not clock.expired():
+                raise
+            raise CommandTimeout(
+                f"killed after {timeout:g} s: {_short(command)}{_quote_tail(capture.tail())}", timeout, capture.tail()
+            ) from None
+        result = capture.result(code, monotonic() - started, encoding)
+        if check and code:
+            tail = capture.tail()
+            raise CommandFailed(f"exit code {code}: {_short(command)}{_quote_tail(tail)}", code, tail)
+        return result
+
+    # -- files
+
+    def read(self, path: str, encoding: str | None = "utf-8") -> Any:
+        """Return the content of a file: text (errors replaced), or bytes with ``encoding=None``."""
+        return loop_thread().run(self._read(path, encoding))
+
+    async def aread(self, path: str, encoding: str | None = "utf-8") -> Any:
+        """`read` for any event loop."""
+        return await loop_thread().arun(self._read(path, encoding))
+
+    async def _read(self, path: str, encoding: str | None) -> Any:
+        data = await self._on(path, self._driver.read_file)
+        return data if encoding is None else data.decode(encoding, errors="replace")
+
+    def write(self, path: str, data: str | bytes) -> None:
+        """Write a file (text as UTF-8), with its folders; readers see the old content or the new one, never a part."""
+        loop_thread().run(self._write(path, data))
+
+    async def awrite(self, path: str, data: str | bytes) -> None:
+        """`write` for any event loop."""
+        await loop_thread().arun(self._write(path, data))
+
+    async def _write(self, path: str, data: str | bytes) -> None:
+        if not isinstance(data, str | bytes | bytearray | memoryview):
+            raise ConfigError(f"data: must be text or bytes, not {type(data).__name__}")
+        content = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else bytes(data)
+        await self._driver.ready()
+        await self._driver.write_file(self._place(path), content)
+
+    def readdir(self, path: str = ".") -> list[str]:
+        """Return the names in a folder, sorted."""
+        return loop_thread().run(self._readdir(path))
+
+    async def areaddir(self, path: str = ".") -> list[str]:
+        """`readdir` for any event loop."""
+        return await loop_thread().arun(self._readdir(path))
+
+    async def _readdir(self, path: str) -> list[str]:
+        return sorted(await self._on(path, self._driver.list_folder))
+
+    def mkdir(self, path: str) -> None:
+        """Make a folder and its parents; one that exists is fine."""
+        loop_thread().run(self._on(path, self._driver.make_folder))
+
+    async def amkdir(self, path: str) -> None:
+        """`mkdir` for any event loop."""
+        await loop_thread().arun(self._on(path, self._driver.make_folder))
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file or folder of this name."""
+        return loop_thread().run(self._exists(path))
+
+    async def aexists(self, path: str) -> bool:
+        """`exists` for any event loop."""
+        return await loop_thread().arun(self._exists(path))
+
+    async def _exists(self, path: str) -> bool:
+        try:
+            await self._on(path, self._driver.stat_file)
+        except FileMissing:
+            return False
+        return True
+
+    def stat(self, path: str) -> FileStat:
+        """Describe a file or folder."""
+        return loop_thread().run(self._on(path, self._driver.stat_file))
+
+    async def astat(self, path: str) -> FileStat:
+        """`stat` for any event loop."""
+        return await loop_thread().arun(self._on(path, self._driver.stat_file))
+
+    def rm(self, path: str, recursive: bool = False) -> None:
+        """Remove a file or an empty folder; with *recursive* a folder and all in it. Symlinks are not followed."""
+        loop_thread().run(self._rm(path, recursive))
+
+    async def arm(self, path: str, recursive: bool = False) -> None:
+        """`rm` for any event loop."""
+        await loop_thread().arun(self._rm(path, recursive))
+
+    async def _rm(self, path: str, recursive: bool) -> None:
+        await self._driver.ready()
+        place = self._place(path)
+        if place.path == ".":
+            raise ConfigError(f"path={path!r}: the root itself is not removed")
+        await self._driver.remove(place, recursive=recursive)
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename a file or folder; an existing target file is replaced."""
+        loop_thread().run(self._rename(source, target))
+
+    async def arename(self, source: str, target: str) -> None:
+        """`rename` for any event loop."""
+        await loop_thread().arun(self._rename(source, target))
+
+    async def _rename(self, source: str, target: str) -> None:
+        await self._driver.ready()
+        await self._driver.move(self._place(source), self._place(target))
+
+    def touch(self, path: str) -> None:
+        """Make an empty file, or set the time of an existing one to now."""
+        loop_thread().run(self._on(path, self._driver.touch_file))
+
+    async def atouch(self, path: str) -> None:
+        """`touch` for any event loop."""
+        await loop_thread().arun(self._on(path, self._driver.touch_file))
+
+    # -- scopes and paths
+
+    def scope(self, path: str, env: Mapping[str, str] | None = None) -> "ScopedBackend":
+        """Return the same backend with *path* as its root and *env* added to every command. Can be nested.
+
+        The folder need not exist yet; the first write, or `mkdir(".")`, makes it.
+        """
+        from pool.backends.scoped import ScopedBackend
+
+        return ScopedBackend(self, path, env)
+
+    def _place(self, path: str) -> Place:
+        root = Place(self._driver.root, self._base).full
+        return Place(root, normalise(path, root))
+
+    async def _on(self, path: str, operation: Any) -> Any:
+        await self._driver.ready()
+        return await operation(self._place(path))
+
+
+class WorkspaceBackend(Workspace, Driver, Backend):
+    """A kind of backend that runs commands and keeps files under ``root``."""
+
+    @property
+    def _driver(self) -> Driver:  # type: ignore[override]
+        return self
+
+    async def ready(self) -> None:
+        """Connect on first use, and again after the connection was lost."""
+        if not self.usable:
+            await self._reconnect()
+
+    async def _reconnect(self) -> None:
+        """One connect at a time, however many callers find it down."""
+        lock: asyncio.Lock = self.__dict__.setdefault("_connecting", asyncio.Lock())
+        async with lock:
+            if not self.usable:
+                await self.connect()
+
+
+def _short(command: str) -> str:
+    line = command.strip().replace("\n", "; ")
+    return line if len(line) <= 120 else line[:117] + "..."
+
+
+def _quote_tail(tail: str) -> str:
+    return f"\n{tail}" if tail else ""
+
+

@@ -1,0 +1,214 @@
+"""Settings of a pool and of a worker: frozen, checked at start, every time in seconds."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from pool.errors import ConfigError
+
+EXECUTION_POOLS = ("threads", "prefork", "solo")
+
+
+def check_number(name: str, value: Any, rule: str, *, above: float = 0.0, unit: str = "s") -> None:
+    """Raise `ConfigError` naming field, value, unit and rule unless *value* is a number greater than *above*."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > above:
+        raise ConfigError(f"{name}={value!r} {unit}: {rule}")
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """How a `BackendPoolManager` behaves. All times in seconds."""
+
+    idle_timeout: float = 300.0
+    """An entry that nobody used for this long is evicted by the next sweep."""
+    max_backends: int = 200
+    """Live backends at most, keyless and closing ones included."""
+    cleanup_interval: float = 60.0
+    """Between two sweeps of the pool's own reaper."""
+    acquire_timeout: float = 30.0
+    """How long an acquire waits in all: for room, for a connect, for its turn."""
+    connect_timeout: float = 20.0
+    """For one connect, after which it counts as failed."""
+    close_timeout: float = 10.0
+    """For closing one backend, after which it is given up and logged."""
+    check_after: float = 30.0
+    """A backend that was idle for this long is checked before it is handed out."""
+    max_lifetime: float | None = None
+    """A backend older than this is replaced once nobody uses it; None: no limit."""
+    lifetime_jitter: float = 0.1
+    """Each lifetime is shortened by a random part of up to this share, so that backends do not all end together."""
+    backoff_base: float = 0.5
+    """A failed connect is remembered for about this long, doubled with each failure in a row."""
+    backoff_max: float = 30.0
+    """... up to this."""
+
+    def __post_init__(self) -> None:
+        for name in ("idle_timeout", "cleanup_interval", "acquire_timeout", "connect_timeout", "close_timeout"):
+            check_number(name, getattr(self, name), "must be more than 0")
+        for name in ("check_after", "backoff_base", "backoff_max"):
+            check_number(name, getattr(self, name), "must be 0 or more", above=-1e-9)
+        check_number("max_backends", self.max_backends, "must be a whole number, 1 or more", unit="backends")
+        if not isinstance(self.max_backends, int):
+            raise ConfigError(f"max_backends={self.max_backends!r} backends: must be a whole number, 1 or more")
+        if self.max_lifetime is not None:
+            check_number("max_lifetime", self.max_lifetime, "must be more than 0, or None for no limit")
+        if not 0 <= self.lifetime_jitter < 1:
+            raise ConfigError(f"lifetime_jitter={self.lifetime_jitter!r}: must be from 0 up to, not including, 1")
+        if self.backoff_max < self.backoff_base:
+            raise ConfigError(f"backoff_max={self.backoff_max!r} s: must not be below backoff_base={self.backoff_base!r} s")
+
+    def changed(self, **changes: Any) -> Self:
+        """Return a copy with *changes*; an unknown name raises `ConfigError`."""
+        known = {f.name for f in fields(self)}
+        for name in changes:
+            if name not in known:
+                raise ConfigError(f"unknown pool setting {name!r}: known are {', '.join(sorted(known))}")
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a worker and a producer need to know; `from_env` reads it from ``POOL_*`` variables.
+
+    Producers and workers must agree on ``namespace`` and ``shards``: they decide in which queue a key's tasks go.
+    """
+
+    broker_url: str | None = None
+    """None: the embedded Valkey of ``data_dir``."""
+    redis_url: str | None = None
+    """Coordination and sessions. None: the broker if it is Redis, else the embedded Valkey."""
+    result_url: str | None = None
+    """Celery's result backend. None: the same as ``redis_url``."""
+    namespace: str = "pool"
+    shards: int = 64
+    node_shards: tuple[int, ...] | None = None
+    """The shards whose queues this node consumes; None: all of them."""
+    execution: str = "threads"
+    concurrency: int | None = None
+    """Tasks at once in this node. None: 32 with threads, else 1."""
+    hosts_file: Path | None = None
+    data_dir: Path = field(default_factory=lambda: Path.cwd() / ".pool")
+    """The embedded Valkey's files, and the folders of keys that have no host."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    sweep_interval: float = 60.0
+    """Seconds between two beat-driven sweeps of a shard."""
+    close_interval: float = 60.0
+    """Seconds between two beat-driven passes that close idle chats."""
+    chat_ttl: float = 1800.0
+    """A chat none of whose backends was used for this many seconds is closed."""
+    max_retries: int = 8
+    """How often a task is retried when its backend is unavailable."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.namespace):
+            raise ConfigError(f"namespace={self.namespace!r}: must be 1 to 64 letters, digits, _ or -")
+        if not isinstance(self.shards, int) or not 1 <= self.shards <= 65536:
+            raise ConfigError(f"shards={self.shards!r}: must be a whole number from 1 to 65536")
+        if self.node_shards is not None and not self.node_shards:
+            raise ConfigError("node_shards is empty: name at least one shard, or leave it unset for all")
+        for shard in self.node_shards or ():
+            if not 0 <= shard < self.shards:
+                raise ConfigError(f"node_shards names shard {shard}: must be from 0 to {self.shards - 1}")
+        if self.execution not in EXECUTION_POOLS:
+            raise ConfigError(f"execution={self.execution!r}: must be one of {', '.join(EXECUTION_POOLS)}")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise ConfigError(f"concurrency={self.concurrency!r} tasks: must be 1 or more")
+        if self.execution != "threads" and self.concurrency not in (None, 1):
+            raise ConfigError(
+                f"concurrency={self.concurrency} with execution={self.execution!r}: must be 1, or a key's tasks would"
+                " land in different processes. Use execution='threads', or start several nodes"
+            )
+        for name in ("sweep_interval", "close_interval", "chat_ttl"):
+            check_number(name, getattr(self, name), "must be more than 0")
+
+    @property
+    def tasks_at_once(self) -> int:
+        """Concurrency of the execution pool."""
+        return self.concurrency or (32 if self.execution == "threads" else 1)
+
+    @property
+    def owned_shards(self) -> tuple[int, ...]:
+        """The shards whose queues this node consumes."""
+        return self.node_shards if self.node_shards is not None else tuple(range(self.shards))
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """Read ``POOL_*`` variables. Raises `ConfigError` that names the variable, its value and the rule."""
+        env = _Environment(os.environ if environ is None else environ)
+        shards = env.integer("POOL_SHARDS", 64)
+        pool = env.guard(
+            PoolConfig,
+            idle_timeout=env.seconds("POOL_IDLE_TIMEOUT", 300.0),
+            max_backends=env.integer("POOL_MAX_BACKENDS", 200),
+            acquire_timeout=env.seconds("POOL_ACQUIRE_TIMEOUT", 30.0),
+        )
+        hosts_file = env.text("POOL_HOSTS_FILE")
+        data_dir = env.text("POOL_DATA_DIR")
+        return env.guard(
+            cls,
+            broker_url=env.text("POOL_BROKER_URL"),
+            redis_url=env.text("POOL_REDIS_URL"),
+            result_url=env.text("POOL_RESULT_URL"),
+            namespace=env.text("POOL_NAMESPACE") or "pool",
+            shards=shards,
+            node_shards=env.ranges("POOL_NODE_SHARDS"),
+            execution=env.text("POOL_EXECUTION") or "threads",
+            concurrency=env.integer("POOL_CONCURRENCY", None),
+            hosts_file=Path(hosts_file) if hosts_file else None,
+            data_dir=Path(data_dir).absolute() if data_dir else Path.cwd() / ".pool",
+            chat_ttl=env.seconds("POOL_CHAT_TTL", 1800.0),
+            pool=pool,
+        )
+
+
+class _Environment:
+    """Typed reads of environment variables with errors that name the variable."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = environ
+
+    def text(self, name: str) -> str | None:
+        return self.environ.get(name, "").strip() or None
+
+    def integer(self, name: str, default: Any) -> Any:
+        value = self.text(name)
+        if value is None:
+            return default
+        try:
+            return int(value)
+        except ValueError:
+            raise ConfigError(f"{name}={value!r}: must be a whole number") from None
+
+    def seconds(self, name: str, default: float) -> float:
+        value = self.text(name)
+        if value is None:
+            return default
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{name}={value!r} s: must be a number of seconds") from None
+
+    def ranges(self, name: str) -> tuple[int, ...] | None:
+        """``"0-31,40"`` -> (0, ..., 31, 40)."""
+        value = self.text(name)
+        if value is None:
+            return None
+        found: set[int] = set()
+        for part in value.split(","):
+            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if match is None or (match[2] and int(match[2]) < int(match[1])):
+                raise ConfigError(f"{name}={value!r}: must be shards and ranges such as 0-31,40; {part!r} is neither")
+            found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        return tuple(sorted(found))
+
+    def guard(self, make: Any, **values: Any) -> Any:
+        """Make a config object; name the variable in its error, where there is one."""
+        try:
+            return make(**values)
+        except ConfigError as error:
+            field_name = re.match(r"\w+", str(error))
+            variable = f"POOL_{field_name[0].upper()}" if field_name else ""
+            raise ConfigError(f"{variable}: {error}" if variable in self.environ else str(error)) from None

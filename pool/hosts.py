@@ -1,0 +1,179 @@
+"""The hosts file: which backend a key gets, and its config.
+
+::
+
+    [default]                   # for every key that no [[match]] names
+    backend = "local"
+    root_dir = "/srv/work/{key}"
+
+    [[match]]                   # tried in order, the first one wins
+    key = "acme:*"
+    backend = "ssh"
+    host = "build.acme.example"
+    username = "acme"
+    root_dir = "work/{key}"
+    client_keys = "/etc/pool/acme_ed25519"
+    known_hosts = "/etc/pool/known_hosts"
+
+A ``[[match]]`` inherits nothing from ``[default]``. Besides ``ssh``, ``local`` and ``memory``, ``backend`` may name a
+class of your own, ``"package.module:ClassName"``; then every other field goes to its constructor.
+"""
+
+import difflib
+import importlib
+import inspect
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Self
+
+from pool.backends.base import Backend
+from pool.backends.local import LocalFilesystemBackend
+from pool.backends.memory import MemoryBackend
+from pool.backends.ssh import RemoteFilesystemBackend
+from pool.errors import ConfigError
+from pool.keys import fill_key
+from pool.manager import SHARED
+
+KINDS: Mapping[str, type[Backend]] = {
+    kind.kind: kind for kind in (LocalFilesystemBackend, MemoryBackend, RemoteFilesystemBackend)
+}
+
+_TEMPLATES = ("root_dir", "username")
+
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "host": ((str,), "text"),
+    "port": ((int,), "a whole number"),
+    "username": ((str,), "text"),
+    "root_dir": ((str,), "text"),
+    "client_keys": ((str, list), "a file or a list of files"),
+    "known_hosts": ((str,), "a file"),
+    "insecure": ((bool,), "true or false"),
+    "password_env": ((str,), "the name of an environment variable"),
+    "passphrase_env": ((str,), "the name of an environment variable"),
+    "keepalive_interval": ((int, float), "a number of seconds"),
+    "keepalive_count": ((int,), "a whole number"),
+    "max_channels": ((int,), "a whole number"),
+    "max_output": ((int,), "a whole number of bytes"),
+    "env": ((dict,), "a table of names and texts"),
+}
+_NOT_IN_FILES = ("handler",)  # a function: only Python code can give it
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Rules that give each key its backend. Made by `load`, or `local` without a file."""
+
+    default: Mapping[str, Any] | None
+    matches: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    source: str = "hosts"
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and check a hosts file. Raises `ConfigError` that names file, table, field and rule."""
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"hosts file {str(path)!r}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"hosts file {str(path)!r}: not TOML: {error}") from None
+        return cls.parse(document, str(path))
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any], source: str) -> Self:
+        """Check a hosts document; *source* names it in errors."""
+        for name in document:
+            if name not in ("default", "match"):
+                raise ConfigError(f"{source}: unknown table [{name}]{_did_you_mean(name, ['default', 'match'])}")
+        default = document.get("default")
+        if default is not None:
+            default = _checked(default, f"{source}: [default]")
+        matches = []
+        tables = document.get("match", [])
+        if not isinstance(tables, list):
+            raise ConfigError(f"{source}: [match]: must be written [[match]], with double brackets")
+        for number, given in enumerate(tables, start=1):
+            table = dict(given)
+            pattern = table.pop("key", None)
+            where = f"{source}: [[match]] number {number} (key = {pattern!r})"
+            if not isinstance(pattern, str) or not pattern:
+                raise ConfigError(f"{where}: field 'key': must be a key or a pattern such as \"acme:*\"")
+            matches.append((pattern, _checked(table, where)))
+        return cls(default, tuple(matches), source)
+
+    @classmethod
+    def local(cls, data_dir: Path) -> Self:
+        """Without a hosts file: a folder of this machine for each key."""
+        return cls({"backend": "local", "root_dir": str(data_dir / "work" / "{key}")}, (), "built-in default")
+
+    def config_for(self, primary: str, agent: str) -> dict[str, Any]:  # noqa: ARG002 - agents come by name
+        """Return ``{"backend": kind, ...}`` for a key. Raises `ConfigError` when no rule names it, `InvalidKey` when
+        it cannot stand where the rule puts ``{key}``.
+        """
+        rule = next((rule for pattern, rule in self.matches if fnmatchcase(primary, pattern)), self.default)
+        if rule is None or primary == SHARED:
+            raise ConfigError(f"{self.source}: no [[match]] fits key {primary!r}, and there is no [default]")
+        return {
+            name: fill_key(value, primary, name) if name in _TEMPLATES and isinstance(value, str) else value
+            for name, value in rule.items()
+        }
+
+
+def make_backend(backend: str, **config: Any) -> Backend:
+    """Make the backend that a rule describes."""
+    return _kind(backend, "backend")(**config)
+
+
+def _kind(name: Any, where: str) -> type[Backend]:
+    if isinstance(name, str) and name in KINDS:
+        return KINDS[name]
+    if not isinstance(name, str) or ":" not in name:
+        known = ", ".join(sorted(KINDS))
+        hint = _did_you_mean(str(name), list(KINDS))
+        raise ConfigError(f"{where}: field 'backend' = {name!r}: must be one of {known}, or \"module:Class\"{hint}")
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{where}: field 'backend' = {name!r}: cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Backend)):
+        raise ConfigError(f"{where}: field 'backend' = {name!r}: is not a subclass of pool.Backend")
+    return found
+
+
+def _checked(table: Any, where: str) -> dict[str, Any]:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where}: must be a table")
+    config = dict(table)
+    if "backend" not in config:
+        raise ConfigError(f"{where}: field 'backend' is missing: one of {', '.join(sorted(KINDS))}, or \"module:Class\"")
+    kind = _kind(config["backend"], where)
+    if kind not in KINDS.values():
+        return config
+    parameters = inspect.signature(kind).parameters
+    known = [name for name in parameters if name not in _NOT_IN_FILES]
+    for name, value in config.items():
+        if name == "backend":
+            continue
+        if name not in known:
+            raise ConfigError(f"{where}: unknown field {name!r} for backend {kind.kind!r}{_did_you_mean(name, known)}")
+        types, rule = _TYPES[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise ConfigError(f"{where}: field {name!r} = {value!r}: must be {rule}")
+        if name == "port" and not 1 <= value <= 65535:
+            raise ConfigError(f"{where}: field 'port' = {value}: must be from 1 to 65535")
+    for name in known:
+        if parameters[name].default is inspect.Parameter.empty and name not in config:
+            raise ConfigError(f"{where}: field {name!r} is missing: backend {kind.kind!r} needs it")
+    try:
+        kind(**{name: value for name, value in config.items() if name != "backend"})  # it connects nothing
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return config
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

@@ -1,0 +1,599 @@
+"""The life of a pooled backend, and every decision about it. Pure: no clock, no threads, no IO.
+
+`Lifecycle` holds the entries. Each of its methods takes what happened and ``now`` (seconds, monotonic), changes the
+state, and appends to ``effects`` what the driver (`pool.manager`) has to do: connect, close, wake somebody up.
+The caller serialises the calls with one lock and carries the effects out after letting go of it.
+
+Idle entries sit in one map ordered by the time of their release. Its front is both the least recently used one and
+the next to expire, so a sweep costs what it evicts, and a busy entry cannot be evicted because it is not in there.
+"""
+
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Literal, NamedTuple
+
+from pool.config import PoolConfig
+from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, PoolError, PoolExhausted
+
+Identity = tuple[str, str]
+"""``(primary, agent)``: whom a backend belongs to, and which of that key's backends it is."""
+
+State = Literal["connecting", "idle", "busy", "retired", "closed"]
+Event = Literal["connected", "failed", "acquire", "release", "last_release", "check", "retire", "close"]
+
+TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
+    "connecting": {"connected": "idle", "failed": "closed", "retire": "retired", "close": "closed"},
+    "idle": {"acquire": "busy", "check": "connecting", "close": "closed"},
+    "busy": {"acquire": "busy", "release": "busy", "last_release": "idle", "retire": "retired", "close": "closed"},
+    # A retired entry takes nobody new; whoever was already waiting for it is still served.
+    "retired": {
+        "connected": "retired",
+        "failed": "closed",
+        "acquire": "retired",
+        "release": "retired",
+        "last_release": "retired",
+        "close": "closed",
+    },
+    "closed": {},
+}
+
+_serials = count(1)
+
+
+class IllegalTransition(RuntimeError):
+    """A bug in this package: an event that the state does not know, with the entry's recent history."""
+
+
+class Entry:
+    """One backend of the pool, from the decision to connect it until it is closed."""
+
+    __slots__ = (
+        "backend",
+        "born",
+        "busy_since",
+        "config",
+        "expires",
+        "history",
+        "identity",
+        "idle_since",
+        "max_users",
+        "override",
+        "pooled",
+        "serial",
+        "state",
+        "users",
+        "waiters",
+    )
+
+    def __init__(
+        self, identity: Identity, config: dict[str, Any], override: dict[str, Any] | None, now: float, *, pooled: bool
+    ) -> None:
+        self.identity = identity
+        self.config = config  # effective: what the backend is made from
+        self.override = override  # the caller's part of it: compared first, because it is nearly always None
+        self.pooled = pooled  # False: keyless, closed at release
+        self.serial = next(_serials)
+        self.state: State = "connecting"
+        self.backend: Any = None
+        self.users = 0
+        self.max_users: int | None = None
+        self.waiters: deque[Waiter] = deque()
+        self.born = now
+        self.expires = float("inf")
+        self.idle_since = now
+        self.busy_since = now
+        self.history: deque[str] = deque(maxlen=12)
+
+    def apply(self, event: Event) -> None:
+        """Follow the table; raise `IllegalTransition` with the history when it has no such step."""
+        try:
+            self.state = TRANSITIONS[self.state][event]
+        except KeyError:
+            raise IllegalTransition(
+                f"{event!r} in state {self.state!r} of {self!r}; before: {' '.join(self.history) or 'nothing'}"
+            ) from None
+        self.history.append(event)
+
+    def __repr__(self) -> str:
+        return f"<Entry #{self.serial} {self.identity[0]!r}/{self.identity[1]} {self.state} users={self.users}>"
+
+
+class Waiter:
+    """Somebody who waits for a backend: granted an entry or given an error exactly once, then woken."""
+
+    __slots__ = ("config", "entry", "error", "identity", "override", "pooled", "wake", "warm")
+
+    def __init__(
+        self,
+        identity: Identity,
+        config: dict[str, Any],
+        override: dict[str, Any] | None,
+        wake: Callable[[], None],
+        *,
+        pooled: bool,
+    ) -> None:
+        self.identity = identity
+        self.config = config
+        self.override = override
+        self.pooled = pooled
+        self.wake = wake
+        self.warm = False  # the backend it gets was connected before it asked
+        self.entry: Entry | None = None
+        self.error: PoolError | None = None
+
+
+class Connect(NamedTuple):
+    """Make the entry's backend ready: check the one it has, or connect a new one."""
+
+    entry: Entry
+    first_close: tuple[Any, ...] = ()  # backends that must be gone before: the cap counts live ones
+
+
+class Close(NamedTuple):
+    """Close a backend that has left the pool."""
+
+    entry: Entry
+    backend: Any
+
+
+class Wake(NamedTuple):
+    """Tell a waiter that it has been served."""
+
+    waiter: Waiter
+
+
+Effects = list[Connect | Close | Wake]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What is remembered of failed connects of one identity."""
+
+    config: dict[str, Any]
+    attempts: int
+    retry_at: float
+    error: BackendUnavailable
+
+
+@dataclass
+class Counters:
+    """Totals since the pool was made."""
+
+    hits: int = 0
+    connects: int = 0
+    connect_failures: int = 0
+    evicted_idle: int = 0
+    evicted_lru: int = 0
+    retired: int = 0
+    closed: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+
+
+class Lifecycle:
+    """Entries, waiters and remembered failures of one pool."""
+
+    def __init__(self, config: PoolConfig, *, jitter: Callable[[], float] = random.random) -> None:
+        self.config = config
+        self.jitter = jitter  # -> [0, 1)
+        self.entries: dict[Identity, Entry] = {}  # at most one live entry per identity
+        self.idle: OrderedDict[Entry, None] = OrderedDict()
+        self.outside: set[Entry] = set()  # keyless or retired: alive, but nobody finds them by identity
+        self.closing = 0  # backends that left the pool and are not gone yet: they still count
+        self.room: deque[Waiter] = deque()
+        self.failed: dict[Identity, Failure] = {}
+        self.counters = Counters()
+        self.shut = False
+
+    # -- acquire
+
+    def acquire_warm(self, identity: Identity, override: dict[str, Any] | None, now: float) -> Entry | None:
+        """Take a usable entry at once, or return None: `acquire` then finds out why. The hot path."""
+        entry = self.entries.get(identity)
+        if entry is None or entry.override != override or now >= entry.expires:
+            return None
+        if entry.state == "idle":
+            if now - entry.idle_since >= self.config.check_after or not entry.backend.usable:
+                return None
+            del self.idle[entry]
+            entry.busy_since = now
+        elif entry.state != "busy" or entry.waiters or not entry.backend.usable:
+            return None
+        elif entry.max_users is not None and entry.users >= entry.max_users:
+            return None
+        entry.apply("acquire")
+        entry.users += 1
+        self.counters.hits += 1
+        return entry
+
+    def acquire(self, waiter: Waiter, now: float, effects: Effects) -> None:
+        """Serve the waiter now, or put it where it will be served; raise what is already known to fail."""
+        if self.shut:
+            raise BackendClosed("the pool is closed")
+        if waiter.pooled:
+            entry = self.entries.get(waiter.identity)
+            if entry is not None and self._stale(entry, waiter, now, effects):
+                entry = None
+            if entry is not None:
+                self._join(entry, waiter, now, effects)
+                return
+            self._raise_remembered_failure(waiter, now)
+        self.room.append(waiter)
+        self._fill_room(now, effects)
+
+    def _stale(self, entry: Entry, waiter: Waiter, now: float, effects: Effects) -> bool:
+        """Retire the entry if this waiter cannot use it: changed config, lost backend, end of its lifetime."""
+        if entry.config != waiter.config:
+            self._retire(entry, now, effects)
+            return True
+        if entry.state == "connecting" or (now < entry.expires and entry.backend.usable):
+            return False
+        waiting = list(entry.waiters)
+        entry.waiters.clear()
+        self._retire(entry, now, effects)
+        self.room.extendleft(reversed(waiting))  # they asked before this one, and for the same thing
+        return True
+
+    def _join(self, entry: Entry, waiter: Waiter, now: float, effects: Effects) -> None:
+        waiter.warm = entry.backend is not None
+        entry.waiters.append(waiter)
+        if entry.state == "idle" and now - entry.idle_since >= self.config.check_after:
+            del self.idle[entry]
+            entry.apply("check")
+            effects.append(Connect(entry))
+        else:
+            self._serve(entry, now, effects)
+
+    def _raise_remembered_failure(self, waiter: Waiter, now: float) -> None:
+        failure = self.failed.get(waiter.identity)
+        if failure is not None and now < failure.retry_at and failure.config == waiter.config:
+            raise _copy(failure.error, failure.retry_at - now)
+
+    def _make_room(self, waiter: Waiter, now: float, effects: Effects) -> bool:
+        """Start a new entry for the waiter if the cap allows it, at the cost of the least recently used idle one."""
+        first_close: tuple[Any, ...] = ()
+        if self.total >= self.config.max_backends:
+            victim = next(iter(self.idle), None)
+            if victim is None:
+                return False
+            first_close = (victim.backend,)
+            self.counters.evicted_lru += 1
+            self._forget(victim)
+        entry = Entry(waiter.identity, waiter.config, waiter.override, now, pooled=waiter.pooled)
+        entry.waiters.append(waiter)
+        if waiter.pooled:
+            self.entries[waiter.identity] = entry
+        else:
+            self.outside.add(entry)
+        effects.append(Connect(entry, first_close))
+        return True
+
+    def give_up(self, waiter: Waiter, phase_timeout: float | None, now: float, effects: Effects) -> Entry | None:
+        """Stop waiting. Returns the entry if it was granted in the meantime, else raises.
+
+        *phase_timeout* is the number of seconds that were waited, or None for a cancelled caller: then nothing is
+        raised, and an entry that was granted meanwhile is released.
+        """
+        if waiter.entry is not None:
+            if phase_timeout is None:
+                self.release(waiter.entry, now, effects)
+            return waiter.entry
+        if waiter.error is not None:
+            if phase_timeout is None:
+                return None
+            raise waiter.error
+        phase = self._remove(waiter)
+        if phase_timeout is None:
+            return None
+        counts = self.counts
+        told = ", ".join(f"{n} {what}" for what, n in counts.items())
+        who = f"backend {waiter.identity[1]!r} of key {waiter.identity[0]!r}" if waiter.pooled else "a fresh backend"
+        if phase == "room":
+            raise PoolExhausted(
+                f"no room for {who} within {phase_timeout:g} s: max_backends={self.config.max_backends} ({told})",
+                phase,
+                counts,
+            )
+        what = "it is still connecting" if phase == "connect" else "all its turns are taken"
+        raise AcquireTimeout(f"no {who} within {phase_timeout:g} s: {what} ({told})", phase, counts)
+
+    def _remove(self, waiter: Waiter) -> str:
+        if waiter in self.room:
+            self.room.remove(waiter)
+            return "room"
+        for entry in (self.entries.get(waiter.identity), *self.outside):
+            if entry is not None and waiter in entry.waiters:
+                entry.waiters.remove(waiter)
+                return "connect" if entry.backend is None or entry.state == "connecting" else "turn"
+        return "turn"
+
+    # -- release and service
+
+    def release(self, entry: Entry, now: float, effects: Effects) -> None:
+        """One user is done. An entry without users becomes idle, serves who waits, or is closed."""
+        entry.users -= 1
+        if entry.state == "closed":  # it was closed under its user
+            return
+        if entry.users:
+            entry.apply("release")
+        else:
+            entry.apply("last_release")
+            if entry.state == "idle":
+                entry.idle_since = now
+                self.idle[entry] = None
+        if entry.waiters or entry.state == "retired" or not entry.pooled or now >= entry.expires or self.room or self.shut:
+            self._settle(entry, now, effects)
+
+    def _settle(self, entry: Entry, now: float, effects: Effects) -> None:
+        """After a release or a connect: serve the entry's waiters, close it if it is finished, then fill the room."""
+        self._serve(entry, now, effects)
+        if not entry.users and not entry.waiters:
+            if entry.state == "retired":
+                self._close(entry, effects)
+            elif not entry.pooled or now >= entry.expires or not entry.backend.usable or self.shut:
+                self.counters.retired += 1
+                self._close(entry, effects)
+        self._fill_room(now, effects)
+
+    def _serve(self, entry: Entry, now: float, effects: Effects) -> None:
+        if entry.state == "connecting" or entry.backend is None:
+            return
+        while entry.waiters and (entry.max_users is None or entry.users < entry.max_users):
+            waiter = entry.waiters.popleft()
+            if entry.state == "idle":
+                del self.idle[entry]
+                entry.busy_since = now
+            entry.apply("acquire")
+            entry.users += 1
+            waiter.entry = entry
+            self.counters.hits += waiter.warm
+            effects.append(Wake(waiter))
+
+    def _fill_room(self, now: float, effects: Effects) -> None:
+        """Let waiters in, first come first served, until there is no place for the next one."""
+        while self.room:
+            waiter = self.room.popleft()
+            entry = self.entries.get(waiter.identity) if waiter.pooled else None
+            if entry is not None and not self._stale(entry, waiter, now, effects):
+                self._join(entry, waiter, now, effects)
+            elif not self._make_room(waiter, now, effects):
+                self.room.appendleft(waiter)
+                return
+
+    # -- connecting
+
+    def connected(self, entry: Entry, backend: Any, now: float, effects: Effects) -> None:
+        """The entry's backend is ready: new, or checked and found alive."""
+        if entry.state == "closed":  # the pool was closed meanwhile
+            if backend is not entry.backend:
+                self.closing += 1
+                effects.append(Close(entry, backend))
+            return
+        if backend is not entry.backend:
+            for waiter in entry.waiters:
+                waiter.warm = False
+            entry.backend = backend
+            entry.born = now
+            entry.expires = self._expiry(now)
+            entry.max_users = backend.capabilities.max_users
+            self.counters.connects += 1
+        self.failed.pop(entry.identity, None)
+        entry.apply("connected")
+        if entry.state == "idle":
+            entry.idle_since = now
+            self.idle[entry] = None
+        self._settle(entry, now, effects)
+
+    def connect_failed(self, entry: Entry, error: PoolError, now: float, effects: Effects) -> None:
+        """Share the failure with all who wait for this entry, and remember it for a growing, jittered time."""
+        if entry.state == "closed":
+            return
+        entry.apply("failed")
+        self.outside.discard(entry)
+        if self.entries.get(entry.identity) is entry:
+            del self.entries[entry.identity]
+        self.counters.connect_failures += 1
+        reason = error.reason if isinstance(error, BackendUnavailable) else type(error).__name__
+        self.counters.failures[reason] = self.counters.failures.get(reason, 0) + 1
+        if entry.pooled and isinstance(error, BackendUnavailable):
+            error = self._remember(entry, error, now)
+        for waiter in entry.waiters:
+            waiter.error = _copy(error) if isinstance(error, BackendUnavailable) else error
+            effects.append(Wake(waiter))
+        entry.waiters.clear()
+        self._fill_room(now, effects)
+
+    def _remember(self, entry: Entry, error: BackendUnavailable, now: float) -> BackendUnavailable:
+        before = self.failed.get(entry.identity)
+        attempts = before.attempts + 1 if before is not None and before.config == entry.config else 1
+        wait = min(self.config.backoff_max, self.config.backoff_base * 2 ** min(attempts - 1, 30))
+        wait *= 0.5 + self.jitter() / 2  # [0.5, 1): callers that failed together do not come back together
+        # retry_after None means that only a person can help; the host is spared repeated attempts all the same.
+        error = _copy(error, wait)
+        self.failed[entry.identity] = Failure(entry.config, attempts, now + wait, error)
+        return error
+
+    def _expiry(self, now: float) -> float:
+        if self.config.max_lifetime is None:
+            return float("inf")
+        return now + self.config.max_lifetime * (1 - self.config.lifetime_jitter * self.jitter())
+
+    # -- leaving the pool
+
+    def _retire(self, entry: Entry, now: float, effects: Effects) -> None:
+        """Nobody new: close it now if nobody uses it, else at the last release."""
+        self.counters.retired += 1
+        if entry.state == "idle":
+            self._close(entry, effects)
+            return
+        entry.apply("retire")
+        if self.entries.get(entry.identity) is entry:
+            del self.entries[entry.identity]
+        self.outside.add(entry)
+        if entry.backend is not None and not entry.users and not entry.waiters:
+            self._close(entry, effects)
+
+    def _forget(self, entry: Entry) -> None:
+        """Take the entry out of every map; its backend is the caller's business now."""
+        entry.apply("close")
+        self.idle.pop(entry, None)
+        self.outside.discard(entry)
+        if self.entries.get(entry.identity) is entry:
+            del self.entries[entry.identity]
+        self.counters.closed += 1
+
+    def _close(self, entry: Entry, effects: Effects) -> None:
+        self._forget(entry)
+        if entry.backend is not None:
+            self.closing += 1
+            effects.append(Close(entry, entry.backend))
+
+    def gone(self, now: float, effects: Effects) -> None:
+        """A closed backend is really gone: its place is free."""
+        self.closing -= 1
+        self._fill_room(now, effects)
+
+    def due(self, now: float) -> list[Entry]:
+        """Idle entries past their idle timeout, and those over the cap: oldest release first."""
+        over = self.total - self.config.max_backends
+        found: list[Entry] = []
+        for entry in self.idle:
+            if now - entry.idle_since < self.config.idle_timeout and len(found) >= over:
+                break
+            found.append(entry)
+        return found
+
+    def sweep(self, now: float, effects: Effects) -> list[Identity]:
+        """Evict what is due and forget old failures; a backend that says it is busy is spared. Returns identities."""
+        evicted = []
+        for entry in self.due(now):
+            if _says_busy(entry.backend):
+                self.touch(entry, now)
+                continue
+            if now - entry.idle_since >= self.config.idle_timeout:
+                self.counters.evicted_idle += 1
+            else:
+                self.counters.evicted_lru += 1
+            self._close(entry, effects)
+            evicted.append(entry.identity)
+        for identity in [i for i, f in self.failed.items() if now - f.retry_at > self.config.backoff_max]:
+            del self.failed[identity]
+        self._fill_room(now, effects)
+        return evicted
+
+    def touch(self, entry: Entry, now: float) -> None:
+        """Mark an idle entry as just used."""
+        if entry.state == "idle":
+            entry.idle_since = now
+            self.idle.move_to_end(entry)
+
+    def close_key(self, primary: str, now: float, effects: Effects) -> tuple[list[Identity], list[Identity]]:
+        """End all backends of one primary: ``(closed now, closed when their users are done)``."""
+        closed, retired = [], []
+        for identity, entry in [(i, e) for i, e in self.entries.items() if i[0] == primary]:
+            (closed if entry.state == "idle" else retired).append(identity)
+            self._retire(entry, now, effects)
+            self.failed.pop(identity, None)
+        self._fill_room(now, effects)
+        return closed, retired
+
+    def register(
+        self, identity: Identity, config: dict[str, Any], backend: Any, now: float, effects: Effects
+    ) -> None:
+        """Adopt a backend that somebody else connected; one that was there before is retired."""
+        if self.shut:
+            raise BackendClosed("the pool is closed")
+        before = self.entries.get(identity)
+        if before is not None:
+            self._retire(before, now, effects)
+        entry = Entry(identity, config, None, now, pooled=True)
+        self.entries[identity] = entry
+        self.connected(entry, backend, now, effects)
+
+    def shutdown(self, effects: Effects) -> None:
+        """Admit nobody, send every waiter away, close what is idle. Busy entries are left to `close_rest`."""
+        self.shut = True
+        waiting = list(self.room)
+        for entry in self.live:
+            waiting.extend(entry.waiters)
+            entry.waiters.clear()
+        self.room.clear()
+        for waiter in waiting:
+            waiter.error = BackendClosed("the pool is closed")
+            effects.append(Wake(waiter))
+        for entry in self.live:
+            if not entry.users:
+                self._close(entry, effects)
+
+    def close_rest(self, effects: Effects) -> list[Entry]:
+        """Close what is still in use. Returns those entries: their users will see `BackendClosed`."""
+        rest = self.live
+        for entry in rest:
+            self._close(entry, effects)
+        return rest
+
+    # -- looking
+
+    @property
+    def live(self) -> list[Entry]:
+        """Every entry that is not closed."""
+        return [*self.entries.values(), *self.outside]
+
+    @property
+    def total(self) -> int:
+        """Backends that are alive or being made: what ``max_backends`` caps."""
+        return len(self.entries) + len(self.outside) + self.closing
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Counts for an error message."""
+        waiting = len(self.room) + sum(len(entry.waiters) for entry in self.live)
+        return {
+            "total": self.total,
+            "busy": sum(1 for entry in self.live if entry.users),
+            "idle": len(self.idle),
+            "waiting": waiting,
+        }
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when the state contradicts itself; tests call it after every event."""
+        for identity, entry in self.entries.items():
+            assert entry.identity == identity
+            assert entry.state in ("connecting", "idle", "busy"), entry
+            assert (entry.state == "idle") == (entry in self.idle), entry
+            assert entry not in self.outside, entry
+        for entry in self.outside:
+            assert entry.state == "retired" or not entry.pooled, entry
+        for entry in self.live:
+            assert entry.users >= 0, entry
+            assert (entry.state == "busy") <= (entry.users > 0), entry
+            assert (entry.state == "idle") <= (entry.users == 0), entry
+            assert entry.max_users is None or entry.users <= entry.max_users, entry
+            served = entry.max_users is not None and entry.users >= entry.max_users
+            assert not entry.waiters or entry.backend is None or entry.state == "connecting" or served, entry
+        for entry in self.idle:
+            assert entry.state == "idle", entry
+        ages = [entry.idle_since for entry in self.idle]
+        assert ages == sorted(ages), "idle map is not ordered by time of release"
+        assert self.closing >= 0
+        assert not (self.room and self.idle and self.total <= self.config.max_backends), "room waiter beside idle"
+
+
+def _says_busy(backend: Any) -> bool:
+    with suppress(Exception):  # a backend that cannot even say so is not spared
+        return bool(backend.is_busy())
+    return False
+
+
+def _copy(error: BackendUnavailable, retry_after: float | None = None) -> BackendUnavailable:
+    """Each waiter raises an exception object of its own, so that tracebacks do not mix.
+
+    ``retry_after`` None in *error* means that only a person can help, and stays.
+    """
+    wait = error.retry_after if retry_after is None or error.retry_after is None else retry_after
+    copy = BackendUnavailable(str(error), error.reason, wait)
+    copy.__cause__ = error.__cause__
+    return copy

@@ -1,0 +1,536 @@
+"""`BackendPoolManager`: one warm backend for each key, borrowed by any thread or event loop.
+
+The decisions are `pool.lifecycle`'s, taken under one lock; what they ask for (connect, close, wake) is done outside
+of it, on the process's event loop. Borrowing and giving back a warm backend never leaves the calling thread.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from time import monotonic
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from pool.backends.base import Backend
+from pool.config import PoolConfig
+from pool.errors import BackendUnavailable, ConfigError, PoolError
+from pool.keys import check_key
+from pool.lifecycle import Close, Connect, Effects, Entry, Identity, Lifecycle, Waiter
+from pool.runtime import fork_count, loop_thread
+from pool.stats import PoolStats
+
+B = TypeVar("B", bound=Backend)
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_AGENT = "default"
+"""The agent of an acquire that names none."""
+
+SHARED = "\x00shared"
+"""The primary of backends that many keys share: never a valid key, so no ``close_key`` of a chat reaches them."""
+
+
+class Borrowed(Generic[B]):
+    """A backend in use by one caller, until `release`. ``warm``: it was connected before the caller asked."""
+
+    __slots__ = ("_entry", "_manager", "backend", "warm")
+
+    def __init__(self, manager: "BackendPoolManager[B]", entry: Entry, warm: bool) -> None:
+        self._manager = manager
+        self._entry: Entry | None = entry
+        self.backend: B = entry.backend
+        self.warm = warm
+
+    def release(self) -> None:
+        """Give the backend back. A second call does nothing."""
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._manager._release(entry)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class _Borrowing(Generic[B]):
+    """``with pool.backend(key) as backend``: acquired on entry, released on exit."""
+
+    __slots__ = ("_borrowed", "_manager", "_request")
+
+    def __init__(self, manager: "BackendPoolManager[B]", request: tuple[Any, ...]) -> None:
+        self._manager = manager
+        self._request = request
+
+    def __enter__(self) -> B:
+        self._borrowed = self._manager.acquire_backend(*self._request)
+        return self._borrowed.backend
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._borrowed.release()
+
+
+class BackendPoolManager(Generic[B]):
+    """A keyed pool of warm backends. All times in seconds; `PoolConfig` says what each one means.
+
+    *backend_class* (or any function) is called with a key's effective config as keyword arguments:
+    *default_config*, overlaid by *config_for* ``(primary, agent)`` if given, overlaid by the ``config`` of the acquire.
+
+    One pool belongs to one process. Raises `ConfigError` for settings that break a rule.
+    """
+
+    def __init__(
+        self,
+        backend_class: Callable[..., B],
+        default_config: Mapping[str, Any] | None = None,
+        *,
+        idle_timeout: float | None = None,
+        max_backends: int | None = None,
+        cleanup_interval: float | None = None,
+        enable_periodic_cleanup: bool = True,
+        acquire_timeout: float | None = None,
+        max_lifetime: float | None = None,
+        config_for: Callable[[str, str], Mapping[str, Any]] | None = None,
+        settings: PoolConfig | None = None,
+    ) -> None:
+        if not callable(backend_class):
+            raise ConfigError(f"backend_class={backend_class!r}: must be a class or function that makes a backend")
+        self._make = backend_class
+        self._default_config = dict(default_config or {})
+        self._config_for = config_for
+        given = {
+            "idle_timeout": idle_timeout,
+            "max_backends": max_backends,
+            "cleanup_interval": cleanup_interval,
+            "acquire_timeout": acquire_timeout,
+            "max_lifetime": max_lifetime,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        self._life = Lifecycle((settings or PoolConfig()).changed(**changes))
+        self._lock = threading.Lock()
+        self._fork = fork_count()
+        self._periodic_cleanup = enable_periodic_cleanup
+        self._reaper: Any = None
+        self._preparing: set[asyncio.Task[None]] = set()
+        self._ticking: set[Entry] = set()
+        self._quiet = threading.Condition(self._lock)  # notified when a pool that shuts down loses an entry
+
+    # -- borrowing
+
+    def acquire_backend(
+        self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> Borrowed[B]:
+        """Borrow the key's backend, connecting it if there is none. ``key=None``: a fresh one, closed at release.
+
+        Waits at most ``acquire_timeout``. Raises `PoolExhausted`, `AcquireTimeout`, `BackendUnavailable` (with
+        ``retry_after``), `BackendClosed` (the pool is closed), `InvalidKey`, `ConfigError`.
+        """
+        if self._fork != fork_count():
+            raise self._forked()
+        override = dict(config) if config else None
+        if key is not None:
+            with self._lock:
+                entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
+            if entry is not None:
+                return Borrowed(self, entry, True)
+        done = threading.Event()
+        waiter = self._ask(key, agent, override, done.set)
+        timeout = self._life.config.acquire_timeout
+        try:
+            done.wait(timeout)
+        except BaseException:
+            self._abandon(waiter)
+            raise
+        return self._collect(waiter, timeout)
+
+    async def aacquire_backend(
+        self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> Borrowed[B]:
+        """`acquire_backend` for any event loop."""
+        if self._fork != fork_count():
+            raise self._forked()
+        override = dict(config) if config else None
+        if key is not None:
+            with self._lock:
+                entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
+            if entry is not None:
+                return Borrowed(self, entry, True)
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+        waiter = self._ask(key, agent, override, lambda: loop.call_soon_threadsafe(done.set))
+        timeout = self._life.config.acquire_timeout
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), timeout)
+        except BaseException:
+            self._abandon(waiter)
+            raise
+        return self._collect(waiter, timeout)
+
+    def backend(
+        self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> contextlib.AbstractContextManager[B]:
+        """``with pool.backend(key) as backend:``: `acquire_backend`, released at the end of the block."""
+        return _Borrowing(self, (key, agent, config))
+
+    @contextlib.asynccontextmanager
+    async def abackend(
+        self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> AsyncIterator[B]:
+        """``async with pool.abackend(key) as backend:``; use the backend's ``a...`` methods inside."""
+        borrowed = await self.aacquire_backend(key, agent, config)
+        try:
+            yield borrowed.backend
+        finally:
+            borrowed.release()
+
+    def with_backend(self, key: str | None, fn: Callable[[B], R], config: Mapping[str, Any] | None = None) -> R:
+        """Call ``fn(backend)`` with the key's backend and return its result."""
+        with self.backend(key, config=config) as backend:
+            return fn(backend)
+
+    def _ask(
+        self, key: str | None, agent: str | None, override: dict[str, Any] | None, wake: Callable[[], object]
+    ) -> Waiter:
+        """Queue a waiter for what the warm path could not give."""
+        identity: Identity = ("", agent or DEFAULT_AGENT)
+        if key is not None:
+            identity = (key if key == SHARED else check_key(key), agent or DEFAULT_AGENT)
+        waiter = Waiter(identity, self._effective(identity, override), override, wake, pooled=key is not None)
+        with self._deciding() as (now, effects):
+            self._life.acquire(waiter, now, effects)
+        if self._periodic_cleanup:
+            self.start_reaper()
+        return waiter
+
+    def _effective(self, identity: Identity, override: dict[str, Any] | None) -> dict[str, Any]:
+        specific = self._config_for(*identity) if self._config_for is not None else {}
+        return {**self._default_config, **specific, **(override or {})}
+
+    def _collect(self, waiter: Waiter, timeout: float) -> Borrowed[B]:
+        if waiter.entry is None:
+            if waiter.error is not None:
+                raise waiter.error
+            with self._deciding() as (now, effects):
+                self._life.give_up(waiter, timeout, now, effects)
+        assert waiter.entry is not None
+        return Borrowed(self, waiter.entry, waiter.warm)
+
+    def _abandon(self, waiter: Waiter) -> None:
+        with self._deciding() as (now, effects):
+            self._life.give_up(waiter, None, now, effects)
+
+    def _release(self, entry: Entry) -> None:
+        effects: Effects = []
+        with self._lock:
+            self._life.release(entry, monotonic(), effects)
+            if self._life.shut:
+                self._quiet.notify_all()
+        if effects:
+            self._carry_out(effects)
+
+    # -- carrying decisions out
+
+    @contextlib.contextmanager
+    def _deciding(self) -> Any:
+        """Hold the lock for a decision, then do what it asks for."""
+        if self._fork != fork_count():
+            raise self._forked()
+        effects: Effects = []
+        try:
+            with self._lock:
+                yield monotonic(), effects
+        finally:
+            self._carry_out(effects)
+
+    def _carry_out(self, effects: Effects) -> None:
+        for effect in effects:
+            if isinstance(effect, Connect):
+                loop_thread().spawn(self._prepare(effect.entry, effect.first_close))
+            elif isinstance(effect, Close):
+                loop_thread().spawn(self._close(effect.entry, effect.backend))
+            else:
+                try:
+                    effect.waiter.wake()
+                except RuntimeError:  # its event loop is closed: nobody is there any more
+                    self._abandon(effect.waiter)
+
+    async def _prepare(self, entry: Entry, first_close: tuple[Any, ...]) -> None:
+        """Make room, then check the entry's backend or connect a new one, then tell the lifecycle."""
+        error: PoolError | None = None
+        backend: B | None = None
+        task = asyncio.current_task()
+        assert task is not None
+        self._preparing.add(task)
+        try:
+            for victim in first_close:
+                await self._destroy(victim)
+            backend = await self._checked(entry) or await self._connect(entry)
+        except BaseException as caught:
+            error = self._as_pool_error(entry, caught)
+            if not isinstance(caught, Exception):
+                raise
+        finally:
+            self._preparing.discard(task)
+            with self._deciding() as (now, effects):
+                if backend is not None:
+                    self._life.connected(entry, backend, now, effects)
+                else:
+                    error = error or PoolError("interrupted")
+                    self._life.connect_failed(entry, error, now, effects)
+
+    async def _checked(self, entry: Entry) -> B | None:
+        """Return the entry's own backend if it is alive; close it if it is not."""
+        backend: B | None = entry.backend
+        if backend is None:
+            return None
+        try:
+            async with asyncio.timeout(self._life.config.connect_timeout):
+                await backend.check()
+            if backend.usable:
+                return backend
+        except Exception as error:
+            logger.info("backend %r of key %r failed its check: %s", entry.identity[1], entry.identity[0], error)
+        await self._destroy(backend)
+        return None
+
+    async def _connect(self, entry: Entry) -> B:
+        backend = self._make(**entry.config)
+        started = monotonic()
+        try:
+            async with asyncio.timeout(self._life.config.connect_timeout):
+                await backend.connect()
+        except BaseException as error:
+            await asyncio.shield(self._destroy(backend))  # whoever opened it half closes it
+            if isinstance(error, TimeoutError):
+                seconds = self._life.config.connect_timeout
+                raise BackendUnavailable(f"no connection within {seconds:g} s", "timeout", 0.0) from error
+            raise
+        logger.info(
+            "backend %r of key %r connected in %.0f ms", entry.identity[1], entry.identity[0], 1e3 * (monotonic() - started)
+        )
+        if type(backend).tick_health is not Backend.tick_health:
+            self._ticking.add(entry)
+        return backend
+
+    def _as_pool_error(self, entry: Entry, caught: BaseException) -> PoolError:
+        if isinstance(caught, PoolError):
+            return caught
+        message = f"backend {entry.identity[1]!r} of key {entry.identity[0]!r}: {type(caught).__name__}: {caught}"
+        error = BackendUnavailable(message, "setup", 0.0)
+        error.__cause__ = caught
+        return error
+
+    async def _close(self, entry: Entry, backend: B) -> None:
+        self._ticking.discard(entry)
+        await self._destroy(backend)
+        with self._deciding() as (now, effects):
+            self._life.gone(now, effects)
+            self._quiet.notify_all()
+
+    async def _destroy(self, backend: B) -> None:
+        """Close one backend, bounded; log what goes wrong, for nobody is there to catch it."""
+        try:
+            async with asyncio.timeout(self._life.config.close_timeout):
+                await backend.adestroy()
+        except Exception:
+            logger.exception("closing %r failed", backend)
+
+    def _forked(self) -> PoolError:
+        return PoolError("this pool belongs to the parent process: make a pool of its own in each forked child")
+
+    # -- looking after the pool
+
+    def get_stats(self) -> PoolStats:
+        """Return a consistent snapshot; waits for no backend."""
+        with self._lock:
+            life, now, totals = self._life, monotonic(), self._life.counters
+            live = life.live
+            by_key: dict[str, int] = {}
+            for primary, _ in life.entries:
+                by_key[primary] = by_key.get(primary, 0) + 1
+            return PoolStats(
+                total_backends=life.total,
+                active_backends=sum(1 for entry in live if entry.users),
+                idle_backends=len(life.idle),
+                backends_by_key=by_key,
+                connecting=sum(1 for entry in live if entry.state == "connecting"),
+                retired=sum(1 for entry in live if entry.state == "retired"),
+                waiting=life.counts["waiting"],
+                hits=totals.hits,
+                connects=totals.connects,
+                connect_failures=totals.connect_failures,
+                failures=dict(totals.failures),
+                evicted_idle=totals.evicted_idle,
+                evicted_lru=totals.evicted_lru,
+                retired_total=totals.retired,
+                oldest_busy=max((now - entry.busy_since for entry in live if entry.users), default=0.0),
+            )
+
+    def get(self, primary: str, agent: str = DEFAULT_AGENT) -> B | None:
+        """Return the pooled backend and mark it as just used; None if there is none. Borrows nothing."""
+        return self._look(primary, agent, touch=True)
+
+    def peek(self, primary: str, agent: str = DEFAULT_AGENT) -> B | None:
+        """`get` without marking it as used."""
+        return self._look(primary, agent, touch=False)
+
+    def touch(self, primary: str, agent: str = DEFAULT_AGENT) -> None:
+        """Mark the backend as just used; nothing happens if it is not pooled."""
+        self._look(primary, agent, touch=True)
+
+    def _look(self, primary: str, agent: str, *, touch: bool) -> B | None:
+        with self._lock:
+            entry = self._life.entries.get((primary, agent))
+            if entry is None:
+                return None
+            if touch:
+                self._life.touch(entry, monotonic())
+            backend: B | None = entry.backend
+            return backend
+
+    def register(self, primary: str, agent: str, backend: B) -> None:
+        """Adopt a backend that is connected already. One that was pooled under this identity is retired."""
+        identity = (primary if primary == SHARED else check_key(primary), agent)
+        with self._deciding() as (now, effects):
+            self._life.register(identity, self._effective(identity, None), backend, now, effects)
+
+    def health(self) -> dict[str, int]:
+        """``{"size": live backends, "busy": those in use}``."""
+        with self._lock:
+            counts = self._life.counts
+        return {"size": counts["total"], "busy": counts["busy"]}
+
+    def configure(self, **changes: Any) -> None:
+        """Change settings (fields of `PoolConfig`) of a living pool. Raises `ConfigError`."""
+        with self._deciding() as (_, _effects):
+            self._life.config = self._life.config.changed(**changes)
+
+    # -- closing
+
+    def sweep(self, now: float | None = None) -> list[Identity]:
+        """Evict what is idle for too long and what exceeds the cap; return whom, when they are closed.
+
+        *now*: seconds on the monotonic clock, for tests. Costs what it evicts, however many backends are idle.
+        """
+        return loop_thread().run(self.asweep(now))
+
+    async def asweep(self, now: float | None = None) -> list[Identity]:
+        """`sweep` for any event loop."""
+        await loop_thread().arun(self._tick_health())
+        with self._lock:
+            effects: Effects = []
+            evicted = self._life.sweep(monotonic() if now is None else now, effects)
+        await self._carry_out_and_wait(effects)
+        return evicted
+
+    async def _tick_health(self) -> None:
+        """Let each backend that wants to look after itself do so; bounded, side by side."""
+        now = monotonic()
+
+        async def tick(backend: B) -> None:
+            try:
+                async with asyncio.timeout(self._life.config.connect_timeout):
+                    await backend.tick_health(now)
+            except Exception:
+                logger.exception("health check of %r failed", backend)
+
+        await asyncio.gather(*(tick(entry.backend) for entry in list(self._ticking) if entry.backend is not None))
+
+    async def _carry_out_and_wait(self, effects: Effects) -> None:
+        """Carry out; return when everything that had to be closed is gone."""
+        closes = [effect for effect in effects if isinstance(effect, Close)]
+        self._carry_out([effect for effect in effects if not isinstance(effect, Close)])
+        await loop_thread().arun(self._close_all(closes))
+
+    async def _close_all(self, closes: list[Close]) -> None:
+        await asyncio.gather(*(self._close(close.entry, close.backend) for close in closes))
+
+    def close_key(self, primary: str) -> dict[str, list[str]]:
+        """End all backends of a key: idle ones now, busy ones when their users are done.
+
+        Returns ``{"closed": [agents], "retired": [agents]}``; closed ones are gone when it returns.
+        """
+        return loop_thread().run(self.aclose_key(primary))
+
+    async def aclose_key(self, primary: str) -> dict[str, list[str]]:
+        """`close_key` for any event loop."""
+        effects: Effects = []
+        with self._lock:
+            closed, retired = self._life.close_key(primary, monotonic(), effects)
+        await self._carry_out_and_wait(effects)
+        return {"closed": [agent for _, agent in closed], "retired": [agent for _, agent in retired]}
+
+    def idle_keys(self, idle_for: float) -> list[str]:
+        """Return the keys all of whose backends have been idle for *idle_for* seconds."""
+        with self._lock:
+            since = monotonic() - idle_for
+            old, fresh = set(), {SHARED}
+            for (primary, _), entry in self._life.entries.items():
+                (old if entry.state == "idle" and entry.idle_since <= since else fresh).add(primary)
+        return sorted(old - fresh)
+
+    def start_reaper(self) -> None:
+        """Sweep every ``cleanup_interval`` seconds. Called by the first acquire unless periodic cleanup is off."""
+        if self._reaper is None and not self._life.shut:
+            self._reaper = loop_thread().spawn(self._reap())
+
+    def stop_reaper(self) -> None:
+        """Stop sweeping."""
+        if self._reaper is not None:
+            self._reaper.cancel()
+            self._reaper = None
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(self._life.config.cleanup_interval)
+            try:
+                evicted = await self.asweep()
+            except Exception:  # one failing sweep must not be the last
+                logger.exception("sweep failed")
+            else:
+                if evicted:
+                    logger.info("evicted %d idle backends", len(evicted))
+
+    def destroy_all(self, grace: float = 10.0) -> None:
+        """Close the pool for good: nobody new, *grace* seconds for those in use to be released, then close the rest.
+
+        Users of a backend that is closed under them see `BackendClosed`. Returns when everything is gone, what the
+        backends track included, or when ``close_timeout`` has passed for it. Can be repeated.
+        """
+        if self._fork != fork_count():
+            raise self._forked()
+        self.stop_reaper()
+        effects: Effects = []
+        with self._lock:
+            self._life.shutdown(effects)
+        self._carry_out(effects)
+        deadline = monotonic() + grace
+        with self._lock:
+            self._quiet.wait_for(lambda: not self._in_use(), max(0.0, deadline - monotonic()))
+            effects = []
+            rest = self._life.close_rest(effects)
+        if busy := [entry for entry in rest if entry.users]:
+            logger.warning("closing %d backends that are still in use after %g s", len(busy), grace)
+        loop = loop_thread().loop
+        loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._preparing])
+        self._carry_out(effects)
+        with self._lock:
+            self._quiet.wait_for(lambda: not self._life.closing, self._life.config.close_timeout + 1)
+
+    def dispose(self) -> None:
+        """`destroy_all` without grace."""
+        self.destroy_all(grace=0.0)
+
+    def _in_use(self) -> bool:
+        return any(entry.users for entry in self._life.live)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{n} {what}" for what, n in self._life.counts.items())
+        return f"<BackendPoolManager {counts}>"

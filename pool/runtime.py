@@ -1,0 +1,175 @@
+"""The event loop of this process: one daemon thread, started on first use, and the sync door to it.
+
+Backends do their IO on this loop. Task code calls plain functions: `LoopThread.run` hands a coroutine over and waits.
+One hop costs some 40 us, so nothing that needs no IO comes through here.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any, Generic, TypeVar
+
+from pool.errors import PoolError
+
+T = TypeVar("T")
+
+CLEANUP_TIMEOUT = 15.0
+"""Seconds that an interrupted caller waits for its coroutine to clean up after itself."""
+
+_fork_count = 0
+"""How many forks lie between the start of the program and this process."""
+
+
+def fork_count() -> int:
+    """Return a number that differs between a process and its forked children."""
+    return _fork_count
+
+
+def _after_fork_in_child() -> None:
+    global _fork_count, _current, _start_lock
+    _fork_count += 1
+    _current = None  # the thread of the parent's loop does not exist here
+    _start_lock = threading.Lock()  # the parent's may have been held
+
+
+class LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self, name: str = "backend-pool") -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self._main, name=f"{name}-loop", daemon=True)
+        self.thread.start()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+        finally:
+            self.loop.run_until_complete(self._wind_up())
+            self.loop.close()
+
+    @staticmethod
+    async def _wind_up() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLEANUP_TIMEOUT)
+        loop = asyncio.get_running_loop()
+        await loop.shutdown_asyncgens()
+        await loop.shutdown_default_executor()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> "Call[T]":
+        """Start the coroutine on the loop; from any thread."""
+        return Call(self, coroutine)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run the coroutine on the loop and wait for its result.
+
+        An exception that arrives in the calling thread meanwhile (KeyboardInterrupt, a soft time limit) cancels the
+        coroutine and waits for its clean-up before it goes on. Raises `PoolError` on the loop's own thread, where
+        waiting would be a deadlock.
+        """
+        if threading.current_thread() is self.thread:
+            coroutine.close()
+            raise PoolError("a blocking call on the event loop's thread would wait for itself: await the a... method")
+        return self.spawn(coroutine).wait()
+
+    async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Await the coroutine, on this loop, from any event loop."""
+        if asyncio.get_running_loop() is self.loop:
+            return await coroutine
+        call = self.spawn(coroutine)
+        done = asyncio.wrap_future(call.future)
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            call.cancel()
+            await asyncio.wait({done}, timeout=CLEANUP_TIMEOUT)
+            if done.done():
+                done.exception()  # fetched, so that nobody complains that it never was
+            raise
+
+    def stop(self) -> None:
+        """Cancel what still runs, wait for it (bounded), end the thread."""
+        if self.loop.is_closed():
+            return
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(2 * CLEANUP_TIMEOUT)
+
+
+class Call(Generic[T]):
+    """A coroutine under way on the loop."""
+
+    def __init__(self, owner: LoopThread, coroutine: Coroutine[Any, Any, T]) -> None:
+        self.owner = owner
+        self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._task: asyncio.Task[T] | None = None
+        self._cancelled = False
+        try:
+            owner.loop.call_soon_threadsafe(self._start, coroutine)
+        except RuntimeError:
+            coroutine.close()
+            raise PoolError("the event loop of the pool is closed") from None
+
+    def _start(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._task = self.owner.loop.create_task(coroutine)
+        self._task.add_done_callback(self._done)
+        if self._cancelled:
+            self._task.cancel()
+
+    def _done(self, task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            self.future.set_exception(PoolError("cancelled: the event loop of the pool was stopped"))
+        elif (error := task.exception()) is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(task.result())
+
+    def cancel(self) -> None:
+        """Ask the coroutine to stop; ``future`` is done when it has cleaned up."""
+
+        def cancel() -> None:
+            self._cancelled = True
+            if self._task is not None:
+                self._task.cancel()
+
+        with contextlib.suppress(RuntimeError):  # a closed loop has cancelled everything already
+            self.owner.loop.call_soon_threadsafe(cancel)
+
+    def abandon(self) -> None:
+        """Cancel, and wait in this thread for the clean-up (bounded)."""
+        if not self.future.done():
+            self.cancel()
+            concurrent.futures.wait([self.future], CLEANUP_TIMEOUT)
+
+    def wait(self) -> T:
+        """Wait in this thread; see `LoopThread.run`."""
+        try:
+            return self.future.result()
+        except BaseException:
+            self.abandon()
+            raise
+        finally:
+            del self  # an exception's traceback would keep this call, and the exception itself, alive in a cycle
+
+
+_current: LoopThread | None = None
+_start_lock = threading.Lock()
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def loop_thread() -> LoopThread:
+    """Return the loop thread of this process, started on first use."""
+    global _current
+    current = _current
+    if current is None or not current.thread.is_alive():
+        with _start_lock:
+            if _current is None or not _current.thread.is_alive():
+                _current = LoopThread()
+            current = _current
+    return current
+

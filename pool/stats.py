@@ -1,0 +1,36 @@
+"""A snapshot of a pool."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """What a pool holds at one moment, and what it did so far. A documented interface: names stay."""
+
+    total_backends: int = 0
+    """Live backends: connecting, idle, busy, retired, and closed ones that are not gone yet."""
+    active_backends: int = 0
+    """... in use by at least one task."""
+    idle_backends: int = 0
+    """... connected, unused and ready."""
+    backends_by_key: dict[str, int] = field(default_factory=dict)
+    """Backends of each key (primary) that can be acquired; keyless and retired ones are not in it."""
+    connecting: int = 0
+    retired: int = 0
+    """Backends that take nobody new and are closed at their last release."""
+    waiting: int = 0
+    """Callers that wait for a connect, a turn or room."""
+    hits: int = 0
+    """Acquires that got a backend which was connected before they asked, since the pool was made."""
+    connects: int = 0
+    connect_failures: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    """Failed connects by reason."""
+    evicted_idle: int = 0
+    """Closed because nobody used them for ``idle_timeout``."""
+    evicted_lru: int = 0
+    """Closed, least recently used first, because the pool was full."""
+    retired_total: int = 0
+    """Replaced because their config changed, their connection was lost or their lifetime ended, or their key was closed."""
+    oldest_busy: float = 0.0
+    """Seconds since the longest busy backend was last idle."""

@@ -1,0 +1,68 @@
+"""The worker's side of the backend pool: checks at start, which queues to consume, when to open and close."""
+
+from typing import Any
+
+import click
+from celery import bootsteps
+
+from pool.errors import ConfigError
+
+STOP_GRACE = 5.0
+"""Seconds for tasks to give their backends back after the execution pool has stopped (they have, by then)."""
+
+
+class BackendPoolStep(bootsteps.StartStopStep):
+    """Started first and stopped last of all steps, so that no task outlives the pool in a warm shutdown."""
+
+    label = "Backend pool"
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        self.extension = worker.app.warm_pool
+        try:
+            self.in_process = _check_execution_pool(worker)
+        except ConfigError as error:
+            if click.get_current_context(silent=True) is None:
+                raise
+            raise click.UsageError(str(error)) from None
+        queues = worker.app.amqp.queues
+        for shard in self.extension.settings.owned_shards:
+            queues.select_add(self.extension.router.queues[shard])
+
+    def include(self, worker: Any) -> bool:
+        """Take the first place: Celery's own steps know no way to say so."""
+        worker.steps.insert(0, self)
+        return True
+
+    def start(self, worker: Any) -> None:  # noqa: ARG002 - Celery's signature
+        if self.in_process:
+            self.extension.closing = False
+            _ = self.extension.pool
+
+    def stop(self, worker: Any) -> None:  # noqa: ARG002
+        """Warm shutdown: the running tasks have finished."""
+        self.extension.close(grace=STOP_GRACE)
+
+    def terminate(self, worker: Any) -> None:  # noqa: ARG002
+        """Cold shutdown: what still runs is cancelled, and its message goes back to the queue."""
+        self.extension.close(grace=0.0)
+
+
+def _check_execution_pool(worker: Any) -> bool:
+    """Return whether tasks run in the worker's own process. Raises `ConfigError` where a key would not stay in one."""
+    module = worker.pool_cls.__module__
+    kind = module.rpartition(".")[2]
+    if kind in ("thread", "solo"):
+        return True
+    if kind != "prefork":
+        raise ConfigError(
+            f"execution pool {kind!r}: backends do their IO on an event loop in a thread of their own, which green"
+            " threads would patch away. Use POOL_EXECUTION=threads (the default), prefork or solo"
+        )
+    children = max(int(worker.concurrency or 1), *(int(n) for n in (getattr(worker, "autoscale", None) or (1,))))
+    if children > 1:
+        raise ConfigError(
+            f"execution pool 'prefork' with {children} children: Celery gives a task to any free child, so that one key"
+            " would have a backend in each. Use POOL_EXECUTION=threads, or start several nodes with prefork and -c 1"
+        )
+    return False

@@ -1,0 +1,145 @@
+"""`install`: what turns a Celery app into one whose workers host a backend pool."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from celery import Celery, signals
+
+from pool.backends.base import Backend
+from pool.config import Settings
+from pool.hosts import Hosts, make_backend
+from pool.manager import BackendPoolManager
+from pool.sharding.hashing import shard_of
+from pool.worker.router import ShardRouter
+
+logger = logging.getLogger(__name__)
+
+
+def install(
+    app: Celery,
+    settings: Settings | None = None,
+    *,
+    backend_class: Callable[..., Backend] | None = None,
+    default_config: Mapping[str, Any] | None = None,
+) -> "WarmPool":
+    """Add keyed routing, shard queues, the backend pool and its beat entries to *app*; returns what was added.
+
+    Call it after the app was configured, in code that producers, workers and beat all import. *settings*: None reads
+    the environment. Backends come from the hosts file of the settings, or from *backend_class* with *default_config*.
+
+    What the app has of its own stays: its routes (ours come first and concern keyed tasks only), queues, beat
+    entries. ``worker_pool`` and ``worker_concurrency`` are set from the settings, and ``worker_prefetch_multiplier``
+    to 1. Raises `ConfigError`.
+    """
+    settings = settings or Settings.from_env()
+    extension = WarmPool(app, settings, backend_class, default_config)
+    app.warm_pool = extension
+    own_routes = app.conf.task_routes or ()
+    if not isinstance(own_routes, list | tuple):
+        own_routes = (own_routes,)
+    app.conf.update(
+        task_routes=(extension.router, *own_routes),
+        worker_pool=settings.execution,
+        worker_concurrency=settings.tasks_at_once,
+        worker_prefetch_multiplier=1,
+        beat_schedule={**extension.beat_schedule(), **app.conf.beat_schedule},
+    )
+    for queue in extension.router.queues:
+        app.amqp.queues.add(queue)  # known by name (a retry names it); consumed only where the bootstep says so
+    from pool.worker import maintenance  # noqa: F401 - registers its shared tasks
+    from pool.worker.bootsteps import BackendPoolStep
+
+    app.steps["worker"].add(BackendPoolStep)
+    return extension
+
+
+class WarmPool:
+    """What `install` adds to an app; reachable as ``app.warm_pool``."""
+
+    def __init__(
+        self,
+        app: Celery,
+        settings: Settings,
+        backend_class: Callable[..., Backend] | None,
+        default_config: Mapping[str, Any] | None,
+    ) -> None:
+        self.settings = settings
+        self.router = ShardRouter(settings)
+        self.closing = False
+        self._app_name = app.main
+        self._owned = frozenset(settings.owned_shards)
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._pool: BackendPoolManager[Any] | None = None
+        if backend_class is not None:
+            self._make_pool = lambda: BackendPoolManager(backend_class, default_config, settings=settings.pool)
+        else:
+            hosts = Hosts.load(settings.hosts_file) if settings.hosts_file else Hosts.local(settings.data_dir)
+            self._make_pool = lambda: BackendPoolManager(
+                make_backend, default_config, config_for=hosts.config_for, settings=settings.pool
+            )
+        signals.worker_process_init.connect(self._on_process_init, weak=False)
+        signals.worker_process_shutdown.connect(self._on_process_shutdown, weak=False)
+
+    # -- ownership
+
+    def owns(self, key: str) -> bool:
+        """Whether this node consumes the queue of the key's shard."""
+        return shard_of(key, self.settings.shards) in self._owned
+
+    def queue_for(self, key: str) -> str:
+        """Return the name of the queue that the key's tasks go to."""
+        name: str = self.router.queues[shard_of(key, self.settings.shards)].name
+        return name
+
+    # -- the pool of this process
+
+    @property
+    def pool(self) -> BackendPoolManager[Any]:
+        """The pool of this process, made on first use; it connects nothing until a task asks."""
+        if self._pid != os.getpid():
+            with self._lock:
+                if self._pid != os.getpid():
+                    self._pool = self._make_pool()
+                    self._pid = os.getpid()
+        assert self._pool is not None
+        return self._pool
+
+    def close(self, grace: float) -> None:
+        """Close the pool of this process; tasks that still use it get *grace* seconds."""
+        if self._pid == os.getpid() and self._pool is not None:
+            self.closing = True
+            self._pool.destroy_all(grace)
+
+    def _on_process_init(self, **_: Any) -> None:
+        """Celery started a worker process (prefork child, or solo): a pool of its own, which connects nothing yet."""
+        self._lock = threading.Lock()  # the parent's may have been held while it forked
+        self.closing = False
+        self._pid = 0
+        _ = self.pool
+
+    def _on_process_shutdown(self, **_: Any) -> None:
+        """Celery ends a prefork child, which has no task any more; a hard time limit leaves it 0.1 s."""
+        self.close(grace=0.0)
+
+    # -- beat
+
+    def beat_schedule(self) -> dict[str, dict[str, Any]]:
+        """A sweep and a close pass for each shard; each message expires before the next one is due."""
+        schedule: dict[str, dict[str, Any]] = {}
+        passes = (
+            ("pool-sweep", "pool.sweep_shard", self.settings.sweep_interval),
+            ("pool-close-idle", "pool.close_idle_chats", self.settings.close_interval),
+        )
+        for shard in range(self.settings.shards):
+            for entry, task, interval in passes:
+                schedule[f"{entry}-{shard:03d}"] = {
+                    "task": task,
+                    "schedule": interval,
+                    "args": (shard,),
+                    "options": {"expires": interval, "ignore_result": True},
+                }
+        return schedule

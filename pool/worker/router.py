@@ -1,0 +1,77 @@
+"""Celery's route for a keyed task: argument or header -> key -> shard -> queue."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kombu import Exchange, Queue
+
+from pool.config import Settings
+from pool.errors import ConfigError, InvalidKey
+from pool.keys import check_key
+from pool.sharding.hashing import queue_name, shard_of
+
+KEY_HEADER = "pool_key"
+"""Message header by which a producer that does not know the task's code names the key."""
+
+
+class ShardRouter:
+    """A router for ``task_routes``; returns None for tasks that have no key."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        exchange = Exchange(f"{settings.namespace}.shard", type="direct", durable=True)
+        self.queues = [
+            Queue(name, exchange, routing_key=name, durable=True)
+            for name in (queue_name(shard, settings.namespace) for shard in range(settings.shards))
+        ]
+
+    def __call__(
+        self,
+        name: str,
+        args: Sequence[Any] | None,
+        kwargs: Mapping[str, Any] | None,
+        options: dict[str, Any],
+        task: Any = None,
+        **_: Any,
+    ) -> dict[str, Any] | None:
+        """Return ``{"queue": ...}``. Raises `InvalidKey` for a keyed task without a usable key."""
+        header = (options.get("headers") or {}).get(KEY_HEADER)
+        shard = self._shard(name, args or (), kwargs or {}, header, task)
+        if shard is None:
+            return None
+        queue = self.queues[shard]
+        self._check_explicit_queue(name, options, queue)
+        # An option wins over a route, so the queue that a retry remembers goes: the key decides anew.
+        for option in ("queue", "exchange", "routing_key"):
+            options.pop(option, None)
+        return {"queue": queue}
+
+    def _shard(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], header: Any, task: Any
+    ) -> int | None:
+        shard_argument = getattr(task, "shard_argument", None)
+        if shard_argument is not None:
+            return self.check_shard(shard_argument(args, kwargs), name)
+        key_argument = getattr(task, "key_argument", None)
+        key = key_argument(args, kwargs) if key_argument is not None else None
+        if key is None and header is None:
+            if key_argument is not None:
+                raise InvalidKey(f"task {name} has no key: give it key='argument', or a header {KEY_HEADER!r}")
+            return None
+        if key is None:
+            key = header
+        elif header is not None and header != key:
+            raise InvalidKey(f"task {name}: its key argument says {key!r}, its header {KEY_HEADER!r} says {header!r}")
+        return shard_of(check_key(key), self.settings.shards)
+
+    def check_shard(self, shard: Any, name: str) -> int:
+        """Return *shard*, or raise `InvalidKey` when there is none of this number."""
+        if isinstance(shard, bool) or not isinstance(shard, int) or not 0 <= shard < self.settings.shards:
+            raise InvalidKey(f"task {name}: shard {shard!r}: must be a whole number from 0 to {self.settings.shards - 1}")
+        return shard
+
+    def _check_explicit_queue(self, name: str, options: Mapping[str, Any], queue: Queue) -> None:
+        given = options.get("queue")
+        given = getattr(given, "name", given)
+        if given not in (None, queue.name) and not str(given).startswith(f"{self.settings.namespace}.shard."):
+            raise ConfigError(f"task {name} goes to the queue of its key, {queue.name}: queue={given!r} cannot be honoured")

@@ -1,0 +1,190 @@
+"""`PooledTask`: base class of tasks that have a key."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from celery import Task
+from celery.exceptions import Reject
+
+from pool.backends.base import Backend
+from pool.errors import BackendClosed, BackendUnavailable, ConfigError, InvalidKey, NotOwner
+from pool.keys import check_key
+from pool.manager import BackendPoolManager, Borrowed
+from pool.worker.router import KEY_HEADER
+
+MIN_RETRY_DELAY = 0.5
+"""Seconds before a task whose backend was unavailable is tried again, at least."""
+
+
+class PooledTask(Task):
+    """``@shared_task(base=PooledTask, bind=True, key="user_id")``.
+
+    *key* names the argument by which the task is routed: tasks with the same key run in the same worker process and
+    share one warm backend, ``self.backend()``. Without *key* the producer sends the header ``pool_key``.
+
+    Messages are acknowledged late: a task whose worker dies runs again. One whose backend is unavailable is retried
+    after the error's ``retry_after``, at most ``max_retries`` times; ``retry_unavailable = False`` turns that off.
+    """
+
+    abstract = True
+    acks_late = True
+    reject_on_worker_lost = True
+    max_retries = 8
+    retry_unavailable = True
+
+    key: str | None = None
+    shard: str | None = None
+    """Instead of *key*: names an argument that is the number of a shard; for maintenance."""
+
+    @classmethod
+    def on_bound(cls, app: Any) -> None:
+        """Check at start that the argument exists. Raises `ConfigError`."""
+        super().on_bound(app)
+        for field in ("key", "shard"):
+            name = getattr(cls, field)
+            known = list(_parameters(cls))
+            if name is not None and name not in known:
+                raise ConfigError(f"task {cls.name}: {field}={name!r} is not one of its arguments ({', '.join(known)})")
+
+    # -- routing
+
+    def key_argument(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return the key among the arguments, or None for a task that is keyed by header only."""
+        return None if self.key is None else self._argument(self.key, args, kwargs)
+
+    @property
+    def shard_argument(self) -> Any:
+        """A function like `key_argument`, for tasks that are routed by the number of a shard; else None."""
+        return None if self.shard is None else lambda args, kwargs: self._argument(self.shard, args, kwargs)
+
+    def _argument(self, name: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        parameters = _parameters(type(self))
+        position = list(parameters).index(name)
+        if position < len(args):
+            return args[position]
+        default = parameters[name].default
+        if default is inspect.Parameter.empty:
+            raise InvalidKey(f"task {self.name} needs its argument {name!r}: it is the {'key' if self.key else 'shard'}")
+        return check_key(default) if self.key else default
+
+    @property
+    def pool_key(self) -> str:
+        """The key of the message that is being worked on. Raises `InvalidKey`."""
+        request = self.request
+        key = self.key_argument(request.args or (), request.kwargs or {})
+        return check_key(request.get(KEY_HEADER) if key is None else key)
+
+    # -- the backend
+
+    @property
+    def pool(self) -> BackendPoolManager[Any]:
+        """The backend pool of this worker process."""
+        pool: BackendPoolManager[Any] = self._extension.pool
+        return pool
+
+    @property
+    def _extension(self) -> Any:
+        extension = getattr(self.app, "warm_pool", None)
+        if extension is None:
+            raise ConfigError(f"task {self.name}: call pool.install(app, settings) for app {self.app.main!r} first")
+        return extension
+
+    def acquire_backend(self, agent: str | None = None, config: Mapping[str, Any] | None = None) -> Borrowed[Any]:
+        """Borrow the key's backend: a handle with ``backend``, ``warm`` and ``release()``.
+
+        Raises `NotOwner` when the message reached a node that does not own the key's shard, and what
+        `BackendPoolManager.acquire_backend` raises.
+        """
+        key = self.pool_key
+        extension = self._extension
+        if not (self.request.is_eager or self.request.called_directly) and not extension.owns(key):
+            raise NotOwner(f"key {key!r} belongs to {extension.queue_for(key)}, which this node does not own")
+        borrowed: Borrowed[Any] = extension.pool.acquire_backend(key, agent, config)
+        return borrowed
+
+    @property
+    def backend(self) -> Any:
+        """``with self.backend() as backend:`` borrows the key's backend (``agent=``, ``config=``).
+
+        Celery keeps its result backend under this very name; everything but the call is passed on to that.
+        """
+        return _BackendDoor(self, super().backend)
+
+    @backend.setter
+    def backend(self, value: Any) -> None:
+        self._backend = value
+
+    def AsyncResult(self, task_id: str, **kwargs: Any) -> Any:  # noqa: N802 - Celery's name
+        """As Celery's, on the result backend itself."""
+        return self.app.AsyncResult(task_id, backend=super().backend, task_name=self.name, **kwargs)
+
+    # -- running
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task's code; decide what a backend that is not there means for the message."""
+        try:
+            return self.run(*args, **kwargs)
+        except BackendClosed:
+            # A node that shuts down at once closes backends under running tasks: their messages go back unharmed.
+            if self.request.called_directly or not self._extension.closing:
+                raise
+            raise Reject("the node shuts down", requeue=True) from None
+        except BackendUnavailable as error:
+            if self.request.called_directly or not self.retry_unavailable or error.retry_after is None:
+                raise
+            delay = max(MIN_RETRY_DELAY, error.retry_after)
+            raise self.retry(exc=error, countdown=delay) from None
+
+
+class _BackendDoor:
+    """Celery's result backend of a task, which can also be called to borrow the key's backend."""
+
+    __slots__ = ("_result_backend", "_task")
+
+    def __init__(self, task: PooledTask, result_backend: Any) -> None:
+        self._task = task
+        self._result_backend = result_backend
+
+    def __call__(
+        self, agent: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> AbstractContextManager[Backend]:
+        return _Borrowing(self._task, agent, config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._result_backend, name)
+
+    def __reduce__(self) -> Any:
+        return self._result_backend.__reduce__()
+
+
+class _Borrowing:
+    """``with self.backend() as backend``."""
+
+    __slots__ = ("_borrowed", "_request", "_task")
+
+    def __init__(self, task: PooledTask, agent: str | None, config: Mapping[str, Any] | None) -> None:
+        self._task = task
+        self._request = (agent, config)
+
+    def __enter__(self) -> Any:
+        self._borrowed = self._task.acquire_backend(*self._request)
+        return self._borrowed.backend
+
+    def __exit__(self, *_: object) -> None:
+        self._borrowed.release()
+
+
+def _parameters(task: type[PooledTask]) -> dict[str, inspect.Parameter]:
+    """The task function's parameters by name, in order, without ``self``; looked up once per task."""
+    cached: dict[str, inspect.Parameter] | None = task.__dict__.get("_pool_parameters")
+    if cached is None:
+        found = list(inspect.signature(task.run).parameters.items())
+        if not isinstance(inspect.getattr_static(task, "run"), staticmethod):
+            found = found[1:]
+        cached = dict(found)
+        task._pool_parameters = cached  # type: ignore[attr-defined]
+    return cached
