@@ -6,7 +6,7 @@
 from celery import Celery
 
 from pool import Settings, install
-from pool.embedded import with_urls
+from pool.embedded import is_redis, with_urls
 
 settings = with_urls(Settings.from_env())
 
@@ -27,7 +27,7 @@ app.conf.update(
     task_send_sent_event=True,
     enable_utc=True,
 )
-if settings.broker_url.startswith(("redis", "valkey")):
+if is_redis(str(settings.broker_url)):
     # One Redis list for each queue instead of four: a node consumes 64 queues and more.
     app.conf.broker_transport_options = {"priority_steps": [0]}
 install(app, settings)

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from pool.backends.scoped import ScopedBackend
     from pool.backends.ssh import RemoteFilesystemBackend
     from pool.backends.workspace import FileStat
+    from pool.borrowing import Borrowed
     from pool.config import PoolConfig, Settings
-    from pool.manager import SHARED, BackendPoolManager, Borrowed
+    from pool.manager import SHARED, BackendPoolManager
     from pool.stats import PoolStats
     from pool.worker.install import install
     from pool.worker.maintenance import close_chat, close_idle_chats, sweep_shard
@@ -78,7 +79,7 @@ _HOME = {
     "Backend": "backends.base",
     "BackendPoolManager": "manager",
     "BackendStatus": "backends.base",
-    "Borrowed": "manager",
+    "Borrowed": "borrowing",
     "Capabilities": "backends.base",
     "ExecResult": "backends.output",
     "FileStat": "backends.workspace",

@@ -46,7 +46,13 @@ class PoolConfig:
     """... up to this."""
 
     def __post_init__(self) -> None:
-        for name in ("idle_timeout", "cleanup_interval", "acquire_timeout", "connect_timeout", "close_timeout"):
+        for name in (
+            "idle_timeout",
+            "cleanup_interval",
+            "acquire_timeout",
+            "connect_timeout",
+            "close_timeout",
+        ):
             check_number(name, getattr(self, name), "must be more than 0")
         for name in ("check_after", "backoff_base", "backoff_max"):
             check_number(name, getattr(self, name), "must be 0 or more", above=-1e-9)
@@ -58,7 +64,9 @@ class PoolConfig:
         if not 0 <= self.lifetime_jitter < 1:
             raise ConfigError(f"lifetime_jitter={self.lifetime_jitter!r}: must be from 0 up to, not including, 1")
         if self.backoff_max < self.backoff_base:
-            raise ConfigError(f"backoff_max={self.backoff_max!r} s: must not be below backoff_base={self.backoff_base!r} s")
+            raise ConfigError(
+                f"backoff_max={self.backoff_max!r} s: must not be below backoff_base={self.backoff_base!r} s"
+            )
 
     def changed(self, **changes: Any) -> Self:
         """Return a copy with *changes*; an unknown name raises `ConfigError`."""
@@ -147,7 +155,7 @@ class Settings:
         )
         hosts_file = env.text("POOL_HOSTS_FILE")
         data_dir = env.text("POOL_DATA_DIR")
-        return env.guard(
+        settings: Self = env.guard(
             cls,
             broker_url=env.text("POOL_BROKER_URL"),
             redis_url=env.text("POOL_REDIS_URL"),
@@ -162,6 +170,7 @@ class Settings:
             chat_ttl=env.seconds("POOL_CHAT_TTL", 1800.0),
             pool=pool,
         )
+        return settings
 
 
 class _Environment:

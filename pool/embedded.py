@@ -25,12 +25,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pool.config import Settings
 from pool.errors import ConfigError
 
-__all__ = ["EmbeddedValkey", "embedded_url", "stop"]
+__all__ = ["EmbeddedValkey", "embedded_url", "is_redis", "stop", "with_urls"]
 
 _POLL = 0.02  # seconds between two looks at a lock or a port
 _STOP_TIMEOUT = 10.0  # seconds for the server to write its data and end
@@ -68,6 +69,22 @@ def embedded_url(data_dir: Path, *, timeout: float = 10.0) -> str:
     with valkey.alone(deadline, create=True):
         valkey.use()
         return valkey.find(deadline) or valkey.start(deadline)
+
+
+def with_urls(settings: Settings) -> Settings:
+    """Return *settings* with every URL filled in; the embedded Valkey serves what was left open.
+
+    Coordination defaults to the broker if that is a Redis, results to the coordination's server.
+    Raises as `embedded_url`, which is called only if needed.
+    """
+    broker = settings.broker_url or embedded_url(settings.data_dir / "valkey")
+    redis = settings.redis_url or (broker if is_redis(broker) else embedded_url(settings.data_dir / "valkey"))
+    return replace(settings, broker_url=broker, redis_url=redis, result_url=settings.result_url or redis)
+
+
+def is_redis(url: str) -> bool:
+    """Whether the URL names a Redis or Valkey."""
+    return url.startswith(("redis://", "rediss://", "redis+socket://", "valkey://", "sentinel://"))
 
 
 def stop(data_dir: Path) -> bool:

@@ -109,8 +109,9 @@ class Hosts:
         return cls({"backend": "local", "root_dir": str(data_dir / "work" / "{key}")}, (), "built-in default")
 
     def config_for(self, primary: str, agent: str) -> dict[str, Any]:  # noqa: ARG002 - agents come by name
-        """Return ``{"backend": kind, ...}`` for a key. Raises `ConfigError` when no rule names it, `InvalidKey` when
-        it cannot stand where the rule puts ``{key}``.
+        """Return ``{"backend": kind, ...}`` for a key.
+
+        Raises `ConfigError` when no rule names it, `InvalidKey` when it cannot stand where its rule has ``{key}``.
         """
         rule = next((rule for pattern, rule in self.matches if fnmatchcase(primary, pattern)), self.default)
         if rule is None or primary == SHARED:
@@ -148,22 +149,17 @@ def _checked(table: Any, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: must be a table")
     config = dict(table)
     if "backend" not in config:
-        raise ConfigError(f"{where}: field 'backend' is missing: one of {', '.join(sorted(KINDS))}, or \"module:Class\"")
+        raise ConfigError(
+            f"{where}: field 'backend' is missing: one of {', '.join(sorted(KINDS))}, or \"module:Class\""
+        )
     kind = _kind(config["backend"], where)
     if kind not in KINDS.values():
         return config
     parameters = inspect.signature(kind).parameters
     known = [name for name in parameters if name not in _NOT_IN_FILES]
     for name, value in config.items():
-        if name == "backend":
-            continue
-        if name not in known:
-            raise ConfigError(f"{where}: unknown field {name!r} for backend {kind.kind!r}{_did_you_mean(name, known)}")
-        types, rule = _TYPES[name]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise ConfigError(f"{where}: field {name!r} = {value!r}: must be {rule}")
-        if name == "port" and not 1 <= value <= 65535:
-            raise ConfigError(f"{where}: field 'port' = {value}: must be from 1 to 65535")
+        if name != "backend":
+            _check_field(name, value, kind, known, where)
     for name in known:
         if parameters[name].default is inspect.Parameter.empty and name not in config:
             raise ConfigError(f"{where}: field {name!r} is missing: backend {kind.kind!r} needs it")
@@ -172,6 +168,14 @@ def _checked(table: Any, where: str) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return config
+
+
+def _check_field(name: str, value: Any, kind: type[Backend], known: list[str], where: str) -> None:
+    if name not in known:
+        raise ConfigError(f"{where}: unknown field {name!r} for backend {kind.kind!r}{_did_you_mean(name, known)}")
+    types, rule = _TYPES[name]
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise ConfigError(f"{where}: field {name!r} = {value!r}: must be {rule}")
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

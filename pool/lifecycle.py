@@ -10,143 +10,14 @@ the next to expire, so a sweep costs what it evicts, and a busy entry cannot be 
 
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from pool.config import PoolConfig
+from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter, Wake
 from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, PoolError, PoolExhausted
-
-Identity = tuple[str, str]
-"""``(primary, agent)``: whom a backend belongs to, and which of that key's backends it is."""
-
-State = Literal["connecting", "idle", "busy", "retired", "closed"]
-Event = Literal["connected", "failed", "acquire", "release", "last_release", "check", "retire", "close"]
-
-TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
-    "connecting": {"connected": "idle", "failed": "closed", "retire": "retired", "close": "closed"},
-    "idle": {"acquire": "busy", "check": "connecting", "close": "closed"},
-    "busy": {"acquire": "busy", "release": "busy", "last_release": "idle", "retire": "retired", "close": "closed"},
-    # A retired entry takes nobody new; whoever was already waiting for it is still served.
-    "retired": {
-        "connected": "retired",
-        "failed": "closed",
-        "acquire": "retired",
-        "release": "retired",
-        "last_release": "retired",
-        "close": "closed",
-    },
-    "closed": {},
-}
-
-_serials = count(1)
-
-
-class IllegalTransition(RuntimeError):
-    """A bug in this package: an event that the state does not know, with the entry's recent history."""
-
-
-class Entry:
-    """One backend of the pool, from the decision to connect it until it is closed."""
-
-    __slots__ = (
-        "backend",
-        "born",
-        "busy_since",
-        "config",
-        "expires",
-        "history",
-        "identity",
-        "idle_since",
-        "max_users",
-        "override",
-        "pooled",
-        "serial",
-        "state",
-        "users",
-        "waiters",
-    )
-
-    def __init__(
-        self, identity: Identity, config: dict[str, Any], override: dict[str, Any] | None, now: float, *, pooled: bool
-    ) -> None:
-        self.identity = identity
-        self.config = config  # effective: what the backend is made from
-        self.override = override  # the caller's part of it: compared first, because it is nearly always None
-        self.pooled = pooled  # False: keyless, closed at release
-        self.serial = next(_serials)
-        self.state: State = "connecting"
-        self.backend: Any = None
-        self.users = 0
-        self.max_users: int | None = None
-        self.waiters: deque[Waiter] = deque()
-        self.born = now
-        self.expires = float("inf")
-        self.idle_since = now
-        self.busy_since = now
-        self.history: deque[str] = deque(maxlen=12)
-
-    def apply(self, event: Event) -> None:
-        """Follow the table; raise `IllegalTransition` with the history when it has no such step."""
-        try:
-            self.state = TRANSITIONS[self.state][event]
-        except KeyError:
-            raise IllegalTransition(
-                f"{event!r} in state {self.state!r} of {self!r}; before: {' '.join(self.history) or 'nothing'}"
-            ) from None
-        self.history.append(event)
-
-    def __repr__(self) -> str:
-        return f"<Entry #{self.serial} {self.identity[0]!r}/{self.identity[1]} {self.state} users={self.users}>"
-
-
-class Waiter:
-    """Somebody who waits for a backend: granted an entry or given an error exactly once, then woken."""
-
-    __slots__ = ("config", "entry", "error", "identity", "override", "pooled", "wake", "warm")
-
-    def __init__(
-        self,
-        identity: Identity,
-        config: dict[str, Any],
-        override: dict[str, Any] | None,
-        wake: Callable[[], None],
-        *,
-        pooled: bool,
-    ) -> None:
-        self.identity = identity
-        self.config = config
-        self.override = override
-        self.pooled = pooled
-        self.wake = wake
-        self.warm = False  # the backend it gets was connected before it asked
-        self.entry: Entry | None = None
-        self.error: PoolError | None = None
-
-
-class Connect(NamedTuple):
-    """Make the entry's backend ready: check the one it has, or connect a new one."""
-
-    entry: Entry
-    first_close: tuple[Any, ...] = ()  # backends that must be gone before: the cap counts live ones
-
-
-class Close(NamedTuple):
-    """Close a backend that has left the pool."""
-
-    entry: Entry
-    backend: Any
-
-
-class Wake(NamedTuple):
-    """Tell a waiter that it has been served."""
-
-    waiter: Waiter
-
-
-Effects = list[Connect | Close | Wake]
 
 
 @dataclass(frozen=True)
@@ -200,9 +71,12 @@ class Lifecycle:
                 return None
             del self.idle[entry]
             entry.busy_since = now
-        elif entry.state != "busy" or entry.waiters or not entry.backend.usable:
-            return None
-        elif entry.max_users is not None and entry.users >= entry.max_users:
+        elif (
+            entry.state != "busy"
+            or entry.waiters
+            or not entry.backend.usable
+            or (entry.max_users is not None and entry.users >= entry.max_users)
+        ):
             return None
         entry.apply("acquire")
         entry.users += 1
@@ -227,13 +101,13 @@ class Lifecycle:
     def _stale(self, entry: Entry, waiter: Waiter, now: float, effects: Effects) -> bool:
         """Retire the entry if this waiter cannot use it: changed config, lost backend, end of its lifetime."""
         if entry.config != waiter.config:
-            self._retire(entry, now, effects)
+            self._retire(entry, effects)
             return True
         if entry.state == "connecting" or (now < entry.expires and entry.backend.usable):
             return False
         waiting = list(entry.waiters)
         entry.waiters.clear()
-        self._retire(entry, now, effects)
+        self._retire(entry, effects)
         self.room.extendleft(reversed(waiting))  # they asked before this one, and for the same thing
         return True
 
@@ -324,7 +198,14 @@ class Lifecycle:
             if entry.state == "idle":
                 entry.idle_since = now
                 self.idle[entry] = None
-        if entry.waiters or entry.state == "retired" or not entry.pooled or now >= entry.expires or self.room or self.shut:
+        if (
+            entry.waiters
+            or entry.state == "retired"
+            or not entry.pooled
+            or now >= entry.expires
+            or self.room
+            or self.shut
+        ):
             self._settle(entry, now, effects)
 
     def _settle(self, entry: Entry, now: float, effects: Effects) -> None:
@@ -423,7 +304,7 @@ class Lifecycle:
 
     # -- leaving the pool
 
-    def _retire(self, entry: Entry, now: float, effects: Effects) -> None:
+    def _retire(self, entry: Entry, effects: Effects) -> None:
         """Nobody new: close it now if nobody uses it, else at the last release."""
         self.counters.retired += 1
         if entry.state == "idle":
@@ -492,23 +373,22 @@ class Lifecycle:
 
     def close_key(self, primary: str, now: float, effects: Effects) -> tuple[list[Identity], list[Identity]]:
         """End all backends of one primary: ``(closed now, closed when their users are done)``."""
-        closed, retired = [], []
+        closed: list[Identity] = []
+        retired: list[Identity] = []
         for identity, entry in [(i, e) for i, e in self.entries.items() if i[0] == primary]:
             (closed if entry.state == "idle" else retired).append(identity)
-            self._retire(entry, now, effects)
+            self._retire(entry, effects)
             self.failed.pop(identity, None)
         self._fill_room(now, effects)
         return closed, retired
 
-    def register(
-        self, identity: Identity, config: dict[str, Any], backend: Any, now: float, effects: Effects
-    ) -> None:
+    def register(self, identity: Identity, config: dict[str, Any], backend: Any, now: float, effects: Effects) -> None:
         """Adopt a backend that somebody else connected; one that was there before is retired."""
         if self.shut:
             raise BackendClosed("the pool is closed")
         before = self.entries.get(identity)
         if before is not None:
-            self._retire(before, now, effects)
+            self._retire(before, effects)
         entry = Entry(identity, config, None, now, pooled=True)
         self.entries[identity] = entry
         self.connected(entry, backend, now, effects)

@@ -126,9 +126,7 @@ class _Command(asyncio.SubprocessProtocol):
 
     def _output_pipes(self) -> list[asyncio.ReadTransport]:
         process = self._process
-        return (
-            [cast(asyncio.ReadTransport, process.get_pipe_transport(fd)) for fd in (1, 2)] if process else []
-        )
+        return [cast(asyncio.ReadTransport, process.get_pipe_transport(fd)) for fd in (1, 2)] if process else []
 
     def _abort_stdin(self) -> None:
         stdin = self._stdin  # aborted twice, or when closing with nothing left to write, asyncio trips
@@ -251,12 +249,12 @@ class _Sftp(asyncssh.SFTPServer):
         self._home = os.fsencode(home)
 
     def map_path(self, path: bytes) -> bytes:
-        return os.path.join(self._home, path)  # noqa: PTH118  # bytes
+        return os.path.join(self._home, path)
 
     def realpath(self, path: bytes) -> bytes:
         """Resolve *path*; all but its last part must exist (OpenSSH's sftp-realpath.c)."""
         real = os.path.realpath(self.map_path(path))
-        os.stat(os.path.join(os.path.dirname(real), b"."))  # noqa: PTH116, PTH118, PTH120  # bytes
+        os.stat(os.path.join(os.path.dirname(real), b"."))
         return real
 
 

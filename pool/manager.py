@@ -10,18 +10,18 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from time import monotonic
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pool.backends.base import Backend
+from pool.borrowing import B, Borrowed, Borrowing
 from pool.config import PoolConfig
+from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter
 from pool.errors import BackendUnavailable, ConfigError, PoolError
 from pool.keys import check_key
-from pool.lifecycle import Close, Connect, Effects, Entry, Identity, Lifecycle, Waiter
+from pool.lifecycle import Lifecycle
 from pool.runtime import fork_count, loop_thread
 from pool.stats import PoolStats
 
-B = TypeVar("B", bound=Backend)
 R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
@@ -31,49 +31,6 @@ DEFAULT_AGENT = "default"
 
 SHARED = "\x00shared"
 """The primary of backends that many keys share: never a valid key, so no ``close_key`` of a chat reaches them."""
-
-
-class Borrowed(Generic[B]):
-    """A backend in use by one caller, until `release`. ``warm``: it was connected before the caller asked."""
-
-    __slots__ = ("_entry", "_manager", "backend", "warm")
-
-    def __init__(self, manager: "BackendPoolManager[B]", entry: Entry, warm: bool) -> None:
-        self._manager = manager
-        self._entry: Entry | None = entry
-        self.backend: B = entry.backend
-        self.warm = warm
-
-    def release(self) -> None:
-        """Give the backend back. A second call does nothing."""
-        entry, self._entry = self._entry, None
-        if entry is not None:
-            self._manager._release(entry)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-class _Borrowing(Generic[B]):
-    """``with pool.backend(key) as backend``: acquired on entry, released on exit."""
-
-    __slots__ = ("_borrowed", "_manager", "_request")
-
-    def __init__(self, manager: "BackendPoolManager[B]", request: tuple[Any, ...]) -> None:
-        self._manager = manager
-        self._request = request
-
-    def __enter__(self) -> B:
-        self._borrowed = self._manager.acquire_backend(*self._request)
-        return self._borrowed.backend
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._borrowed.release()
 
 
 class BackendPoolManager(Generic[B]):
@@ -177,7 +134,7 @@ class BackendPoolManager(Generic[B]):
         self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
     ) -> contextlib.AbstractContextManager[B]:
         """``with pool.backend(key) as backend:``: `acquire_backend`, released at the end of the block."""
-        return _Borrowing(self, (key, agent, config))
+        return Borrowing(self, (key, agent, config))
 
     @contextlib.asynccontextmanager
     async def abackend(
@@ -196,7 +153,7 @@ class BackendPoolManager(Generic[B]):
             return fn(backend)
 
     def _ask(
-        self, key: str | None, agent: str | None, override: dict[str, Any] | None, wake: Callable[[], object]
+        self, key: str | None, agent: str | None, override: dict[str, Any] | None, wake: Callable[[], Any]
     ) -> Waiter:
         """Queue a waiter for what the warm path could not give."""
         identity: Identity = ("", agent or DEFAULT_AGENT)
@@ -313,7 +270,10 @@ class BackendPoolManager(Generic[B]):
                 raise BackendUnavailable(f"no connection within {seconds:g} s", "timeout", 0.0) from error
             raise
         logger.info(
-            "backend %r of key %r connected in %.0f ms", entry.identity[1], entry.identity[0], 1e3 * (monotonic() - started)
+            "backend %r of key %r connected in %.0f ms",
+            entry.identity[1],
+            entry.identity[0],
+            1e3 * (monotonic() - started),
         )
         if type(backend).tick_health is not Backend.tick_health:
             self._ticking.add(entry)
@@ -471,7 +431,8 @@ class BackendPoolManager(Generic[B]):
         """Return the keys all of whose backends have been idle for *idle_for* seconds."""
         with self._lock:
             since = monotonic() - idle_for
-            old, fresh = set(), {SHARED}
+            old: set[str] = set()
+            fresh = {SHARED}
             for (primary, _), entry in self._life.entries.items():
                 (old if entry.state == "idle" and entry.idle_since <= since else fresh).add(primary)
         return sorted(old - fresh)

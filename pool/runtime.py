@@ -172,4 +172,3 @@ def loop_thread() -> LoopThread:
                 _current = LoopThread()
             current = _current
     return current
-

@@ -31,6 +31,6 @@ class PoolStats:
     evicted_lru: int = 0
     """Closed, least recently used first, because the pool was full."""
     retired_total: int = 0
-    """Replaced because their config changed, their connection was lost or their lifetime ended, or their key was closed."""
+    """Ended because their config changed, their connection was lost, their lifetime ended or their key was closed."""
     oldest_busy: float = 0.0
     """Seconds since the longest busy backend was last idle."""

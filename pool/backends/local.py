@@ -38,11 +38,15 @@ class LocalFilesystemBackend(WorkspaceBackend):
     capabilities = Capabilities(exec=True, files=True)
 
     def __init__(
-        self, root_dir: str | os.PathLike[str], *, env: Mapping[str, str] | None = None, max_output: int = MAX_OUTPUT
+        self,
+        root_dir: str | os.PathLike[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        max_output: int = MAX_OUTPUT,
     ) -> None:
         super().__init__()
         check_number("max_output", max_output, "must be more than 0", unit="bytes")
-        self.root = os.path.abspath(os.path.expanduser(root_dir))  # noqa: PTH100, PTH111 - keeps the text form
+        self.root = os.path.abspath(os.path.expanduser(root_dir))- keeps the text form
         self.max_output = max_output
         self.base_env = {**{n: os.environ[n] for n in _PASSED_ON if n in os.environ}, **check_env(env)}
         self._running: set[_Command] = set()
@@ -93,31 +97,31 @@ class LocalFilesystemBackend(WorkspaceBackend):
 
     async def stat_file(self, place: Place) -> FileStat:
         def describe(real: str) -> FileStat:
-            found = os.stat(real)  # noqa: PTH116 - a text path all the way
+            found = os.stat(real)- a text path all the way
             return FileStat(found.st_size, found.st_mtime, found.st_mode, stat_bits.S_ISDIR(found.st_mode))
 
         return await self._guarded("stat", place, describe)
 
     async def remove(self, place: Place, *, recursive: bool) -> None:
         def remove(path: str) -> None:
-            if os.path.islink(path) or not os.path.isdir(path):  # noqa: PTH112, PTH114
-                os.unlink(path)  # noqa: PTH108
+            if os.path.islink(path) or not os.path.isdir(path):
+                os.unlink(path)
             elif recursive:
                 shutil.rmtree(path)
             else:
-                os.rmdir(path)  # noqa: PTH106
+                os.rmdir(path)
 
         await self._guarded("rm", place, remove, follow=False)
 
     async def move(self, source: Place, target: Place) -> None:
         def move(path: str) -> None:
-            os.replace(path, _real(target, follow=False))  # noqa: PTH105
+            os.replace(path, _real(target, follow=False))
 
         await self._guarded("rename", source, move, follow=False)
 
     async def touch_file(self, place: Place) -> None:
         def touch(real: str) -> None:
-            os.makedirs(os.path.dirname(real), exist_ok=True)  # noqa: PTH103, PTH120
+            os.makedirs(os.path.dirname(real), exist_ok=True)
             Path(real).touch()
 
         await self._guarded("touch", place, touch)
@@ -143,7 +147,7 @@ def _real(place: Place, *, follow: bool = True) -> str:
         real = os.path.realpath(place.full)
     else:
         folder, name = os.path.split(place.full)
-        real = os.path.join(os.path.realpath(folder), name)  # noqa: PTH118
+        real = os.path.join(os.path.realpath(folder), name)
     refuse_outside(real, root, place.path)
     return real
 
@@ -151,24 +155,24 @@ def _real(place: Place, *, follow: bool = True) -> str:
 def _replace(path: str, data: bytes) -> None:
     """Write beside the file, then rename over it."""
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)  # noqa: PTH103
-    if os.path.isdir(path):  # noqa: PTH112
+    os.makedirs(folder, exist_ok=True)
+    if os.path.isdir(path):
         raise IsADirectoryError(21, os.strerror(21))
     handle, temporary = tempfile.mkstemp(prefix=f".{name[:100]}.", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(temporary, _mode_for(path))  # noqa: PTH101
-        os.replace(temporary, path)  # noqa: PTH105
+        os.chmod(temporary, _mode_for(path))
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)  # noqa: PTH108
+        os.unlink(temporary)
         raise
 
 
 def _mode_for(path: str) -> int:
     """Return the mode of the file that is replaced, or the ordinary one for a new file."""
     try:
-        return stat_bits.S_IMODE(os.stat(path).st_mode)  # noqa: PTH116
+        return stat_bits.S_IMODE(os.stat(path).st_mode)
     except FileNotFoundError:
         return 0o666 & ~_UMASK
 

@@ -94,9 +94,9 @@ class MemoryBackend(WorkspaceBackend):
             return
         if not recursive and await self.list_folder(place):
             raise FileOperationFailed.of(errno.ENOTEMPTY, "rm", place.path)
-        for tree in (self._files, self._folders):
-            for path in [p for p in tree if p == place.full or p.startswith(place.full + "/")]:
-                del tree[path]  # type: ignore[attr-defined]
+        for path in self._below(place.full):
+            self._files.pop(path, None)
+            self._folders.pop(path, None)
 
     async def move(self, source: Place, target: Place) -> None:
         if dirname(target.full) not in self._folders:
@@ -110,9 +110,12 @@ class MemoryBackend(WorkspaceBackend):
             raise FileOperationFailed.of(errno.EINVAL, "rename", source.path)
         if target.full in self._folders and await self.list_folder(target):
             raise FileOperationFailed.of(errno.ENOTEMPTY, "rename", target.path)
-        for tree in (self._files, self._folders):
-            for path in [p for p in tree if p == source.full or p.startswith(source.full + "/")]:
-                tree[target.full + path[len(source.full) :]] = tree.pop(path)  # type: ignore[attr-defined]
+        for path in self._below(source.full):
+            moved = target.full + path[len(source.full) :]
+            if path in self._folders:
+                self._folders[moved] = self._folders.pop(path)
+            else:
+                self._files[moved] = self._files.pop(path)
 
     async def touch_file(self, place: Place) -> None:
         if place.full in self._folders:
@@ -120,6 +123,9 @@ class MemoryBackend(WorkspaceBackend):
             return
         data, _ = self._files.get(place.full, (b"", 0.0))
         await self.write_file(place, data)
+
+    def _below(self, folder: str) -> list[str]:
+        return [path for path in (*self._folders, *self._files) if path == folder or path.startswith(folder + "/")]
 
     def _file(self, operation: str, place: Place) -> tuple[bytes, float]:
         try:

@@ -66,7 +66,12 @@ class HeadTail:
         """What was kept, in order, with a note (in text only) where something was left out."""
         gap: list[tuple[int, bytes]] = []
         if self.omitted and encoding is not None:
-            gap = [(self._head[-1][0] if self._head else 0, f"\n... [{self.omitted} bytes left out] ...\n".encode())]
+            gap = [
+                (
+                    self._head[-1][0] if self._head else 0,
+                    f"\n... [{self.omitted} bytes left out] ...\n".encode(),
+                )
+            ]
         return [*self._head, *gap, *self._tail]
 
     def tail_text(self, limit: int) -> str:
@@ -144,7 +149,7 @@ class Decoder:
         """Pass on what is left of a cut character."""
         for stream in ("stdout", "stderr"):
             if self._decoders and (text := self._decoders[stream].decode(b"", final=True)):
-                self._on_output(text, stream)  # type: ignore[arg-type]
+                self._on_output(text, stream)
 
 
 class DirectSink:
@@ -153,7 +158,7 @@ class DirectSink:
     def __init__(self, decoder: Decoder) -> None:
         self.push = decoder
 
-    def full(self, resume: Callable[[], None]) -> bool:  # noqa: ARG002, PLR6301 - the interface of Sink
+    def full(self, resume: Callable[[], None]) -> bool:  # noqa: ARG002 - the interface of Sink
         return False
 
 

@@ -232,5 +232,3 @@ async def _discard(sftp: asyncssh.SFTPClient, path: str) -> None:
         await asyncio.shield(sftp.remove(path))
     except asyncssh.Error:
         return
-
-

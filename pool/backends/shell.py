@@ -60,7 +60,17 @@ class ShellCommand:
             script = f"{exports}cmd={shlex.quote(command)}\n"
             self.setup = _escape(script.encode("utf-8", "surrogateescape")) + b"\n"
             command = ""
-        self.argv = ["/bin/sh", "-c", _SCRIPT, "pool", command, folder, root, self.token, "s" if self.setup else ""]
+        self.argv = [
+            "/bin/sh",
+            "-c",
+            _SCRIPT,
+            "pool",
+            command,
+            folder,
+            root,
+            self.token,
+            "s" if self.setup else "",
+        ]
 
     @property
     def line(self) -> str:

@@ -19,9 +19,9 @@ from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBacken
 from pool.config import check_number
 from pool.errors import BackendClosed, BackendUnavailable, ConfigError, PoolError
 
-# Makes the root and tells its symlink-free path behind a token, so that talk of the login shell does no harm.
+# Makes the root and tells its symlink-free path behind a mark, so that talk of the login shell does no harm.
 _PREPARE = 'mkdir -p -- "$1" && cd -P -- "$1" && printf "%s%s\\n" "$2" "$PWD"'
-_TOKEN = "pool-root:"
+_MARK = "pool-root:"
 
 _CLOSE_PATIENCE = 2.0
 """Seconds for a connection to close politely."""
@@ -64,6 +64,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     ) -> None:
         super().__init__()
         check_number("max_output", max_output, "must be more than 0", unit="bytes")
+        if not 1 <= port <= 65535:
+            raise ConfigError(f"port={port!r}: must be from 1 to 65535")
         check_number("max_channels", max_channels, "must be 1 or more", unit="channels")
         check_number("keepalive_interval", keepalive_interval, "must be more than 0")
         check_number("keepalive_count", keepalive_count, "must be 1 or more", unit="messages")
@@ -81,6 +83,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._connection: asyncssh.SSHClientConnection | None = None
         self._channels = Channels(max_channels)
         self._files = RemoteFiles(self)
+        self._lost_why = "it broke"
 
     # -- life
 
@@ -127,7 +130,9 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         where = f"{self.username or 'the current user'}@{self.host}:{self.port}"
         if isinstance(error, asyncssh.HostKeyNotVerifiable):
             whose = self._known_hosts or "~/.ssh/known_hosts"
-            text = f"{where}: the host key is unknown or was changed; compare it, then put it into {whose} ({error.reason})"
+            text = (
+                f"{where}: the host key is unknown or was changed ({error.reason}): compare it, then add it to {whose}"
+            )
             return BackendUnavailable(text, "host_key", None)
         if isinstance(error, asyncssh.PermissionDenied):
             return BackendUnavailable(f"{where}: login refused: {error.reason}", "login", None)
@@ -146,14 +151,14 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     async def _make_root(self, connection: asyncssh.SSHClientConnection) -> str:
         folder = "." + self.root_dir[1:] if self.root_dir.split("/")[0] == "~" else self.root_dir
         capture = Capture(64 * 1024)
-        line = "exec " + shlex.join(["/bin/sh", "-c", _PREPARE, "pool", folder, _TOKEN])
+        line = "exec " + shlex.join(["/bin/sh", "-c", _PREPARE, "pool", folder, _MARK])
         code = await (await self._start(connection, line, capture)).ended()
         output = capture.streams["stdout"].tail_text(64 * 1024)
-        if code or _TOKEN not in output:
+        if code or _MARK not in output:
             why = capture.tail() or f"exit code {code}"
             text = f"{self.host}: cannot make or enter root_dir {self.root_dir!r}: {why}"
             raise BackendUnavailable(text, "setup", None)
-        return output.rpartition(_TOKEN)[2].rstrip("\n")
+        return output.rpartition(_MARK)[2].rstrip("\n")
 
     def _lost(self, error: Exception | None) -> None:
         """Note that the connection is gone; called by asyncssh."""
@@ -221,7 +226,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         """Return what a user of a connection that broke gets to see."""
         if self.status is BackendStatus.CLOSED:
             return BackendClosed(f"{self!r} was closed while it was in use")
-        why = getattr(error, "reason", None) or error or getattr(self, "_lost_why", "it broke")
+        why = getattr(error, "reason", None) or error or self._lost_why
         return BackendUnavailable(f"{self.host}: connection lost: {why}", "lost", 0.0)
 
     # -- files

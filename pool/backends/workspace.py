@@ -161,7 +161,7 @@ class Workspace(ABC):
         command: str,
         cwd: str | None,
         env: Mapping[str, str] | None,
-        timeout: float | None,  # noqa: ASYNC109 - part of the public call
+        timeout: float | None,
         check: bool,
         sink: Sink | None,
         encoding: str | None,
@@ -181,7 +181,9 @@ class Workspace(ABC):
             if timeout is None or not clock.expired():
                 raise
             raise CommandTimeout(
-                f"killed after {timeout:g} s: {_short(command)}{_quote_tail(capture.tail())}", timeout, capture.tail()
+                f"killed after {timeout:g} s: {_short(command)}{_quote_tail(capture.tail())}",
+                timeout,
+                capture.tail(),
             ) from None
         result = capture.result(code, monotonic() - started, encoding)
         if check and code:
@@ -254,11 +256,15 @@ class Workspace(ABC):
 
     def stat(self, path: str) -> FileStat:
         """Describe a file or folder."""
-        return loop_thread().run(self._on(path, self._driver.stat_file))
+        return loop_thread().run(self._stat(path))
 
     async def astat(self, path: str) -> FileStat:
         """`stat` for any event loop."""
-        return await loop_thread().arun(self._on(path, self._driver.stat_file))
+        return await loop_thread().arun(self._stat(path))
+
+    async def _stat(self, path: str) -> FileStat:
+        found: FileStat = await self._on(path, self._driver.stat_file)
+        return found
 
     def rm(self, path: str, recursive: bool = False) -> None:
         """Remove a file or an empty folder; with *recursive* a folder and all in it. Symlinks are not followed."""
@@ -342,5 +348,3 @@ def _short(command: str) -> str:
 
 def _quote_tail(tail: str) -> str:
     return f"\n{tail}" if tail else ""
-
-

@@ -74,6 +74,7 @@ class WarmPool:
         self._lock = threading.Lock()
         self._pid = 0
         self._pool: BackendPoolManager[Any] | None = None
+        self._make_pool: Callable[[], BackendPoolManager[Any]]
         if backend_class is not None:
             self._make_pool = lambda: BackendPoolManager(backend_class, default_config, settings=settings.pool)
         else:
@@ -114,14 +115,14 @@ class WarmPool:
             self.closing = True
             self._pool.destroy_all(grace)
 
-    def _on_process_init(self, **_: Any) -> None:
+    def _on_process_init(self, **_kwargs: Any) -> None:
         """Celery started a worker process (prefork child, or solo): a pool of its own, which connects nothing yet."""
         self._lock = threading.Lock()  # the parent's may have been held while it forked
         self.closing = False
         self._pid = 0
         _ = self.pool
 
-    def _on_process_shutdown(self, **_: Any) -> None:
+    def _on_process_shutdown(self, **_kwargs: Any) -> None:
         """Celery ends a prefork child, which has no task any more; a hard time limit leaves it 0.1 s."""
         self.close(grace=0.0)
 

@@ -46,32 +46,37 @@ class ShardRouter:
             options.pop(option, None)
         return {"queue": queue}
 
-    def _shard(
-        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], header: Any, task: Any
-    ) -> int | None:
+    def _shard(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], header: Any, task: Any) -> int | None:
         shard_argument = getattr(task, "shard_argument", None)
         if shard_argument is not None:
             return self.check_shard(shard_argument(args, kwargs), name)
         key_argument = getattr(task, "key_argument", None)
-        key = key_argument(args, kwargs) if key_argument is not None else None
-        if key is None and header is None:
-            if key_argument is not None:
-                raise InvalidKey(f"task {name} has no key: give it key='argument', or a header {KEY_HEADER!r}")
+        if getattr(task, "key", None) is not None and key_argument is not None:
+            key = check_key(key_argument(args, kwargs))
+            if header not in (None, key):
+                raise InvalidKey(
+                    f"task {name}: its argument {task.key!r} is {key!r}, its header {KEY_HEADER!r} {header!r}"
+                )
+        elif header is not None:
+            key = check_key(header)
+        elif key_argument is not None:
+            raise InvalidKey(f"task {name} has no key: give it key='argument', or the message a header {KEY_HEADER!r}")
+        else:
             return None
-        if key is None:
-            key = header
-        elif header is not None and header != key:
-            raise InvalidKey(f"task {name}: its key argument says {key!r}, its header {KEY_HEADER!r} says {header!r}")
-        return shard_of(check_key(key), self.settings.shards)
+        return shard_of(key, self.settings.shards)
 
     def check_shard(self, shard: Any, name: str) -> int:
         """Return *shard*, or raise `InvalidKey` when there is none of this number."""
         if isinstance(shard, bool) or not isinstance(shard, int) or not 0 <= shard < self.settings.shards:
-            raise InvalidKey(f"task {name}: shard {shard!r}: must be a whole number from 0 to {self.settings.shards - 1}")
+            raise InvalidKey(
+                f"task {name}: shard {shard!r}: must be a whole number from 0 to {self.settings.shards - 1}"
+            )
         return shard
 
     def _check_explicit_queue(self, name: str, options: Mapping[str, Any], queue: Queue) -> None:
         given = options.get("queue")
         given = getattr(given, "name", given)
         if given not in (None, queue.name) and not str(given).startswith(f"{self.settings.namespace}.shard."):
-            raise ConfigError(f"task {name} goes to the queue of its key, {queue.name}: queue={given!r} cannot be honoured")
+            raise ConfigError(
+                f"task {name} goes to the queue of its key, {queue.name}: queue={given!r} cannot be honoured"
+            )

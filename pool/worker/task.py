@@ -9,9 +9,10 @@ from celery import Task
 from celery.exceptions import Reject
 
 from pool.backends.base import Backend
+from pool.borrowing import Borrowed
 from pool.errors import BackendClosed, BackendUnavailable, ConfigError, InvalidKey, NotOwner
 from pool.keys import check_key
-from pool.manager import BackendPoolManager, Borrowed
+from pool.manager import BackendPoolManager
 from pool.worker.router import KEY_HEADER
 
 MIN_RETRY_DELAY = 0.5
@@ -68,7 +69,9 @@ class PooledTask(Task):
             return args[position]
         default = parameters[name].default
         if default is inspect.Parameter.empty:
-            raise InvalidKey(f"task {self.name} needs its argument {name!r}: it is the {'key' if self.key else 'shard'}")
+            raise InvalidKey(
+                f"task {self.name} needs its argument {name!r}: it is the {'key' if self.key else 'shard'}"
+            )
         return check_key(default) if self.key else default
 
     @property
@@ -186,5 +189,5 @@ def _parameters(task: type[PooledTask]) -> dict[str, inspect.Parameter]:
         if not isinstance(inspect.getattr_static(task, "run"), staticmethod):
             found = found[1:]
         cached = dict(found)
-        task._pool_parameters = cached  # type: ignore[attr-defined]
+        task._pool_parameters = cached
     return cached

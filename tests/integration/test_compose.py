@@ -62,9 +62,7 @@ def test_services_are_the_documented_ones(services: dict[str, dict[str, Any]]) -
 
 def test_only_flower_is_published_and_only_on_this_machine(services: dict[str, dict[str, Any]]) -> None:
     """Nothing but 127.0.0.1:5555 is reachable from outside, and no service uses the host's network."""
-    assert {name: published(s) for name, s in services.items() if "ports" in s} == {
-        "flower": [("127.0.0.1", "5555")]
-    }
+    assert {name: published(s) for name, s in services.items() if "ports" in s} == {"flower": [("127.0.0.1", "5555")]}
     assert {s.get("network_mode", "none") for s in services.values()} == {"none"}
 
 

@@ -65,9 +65,7 @@ def start_user(folder: Path) -> Iterator[Callable[..., User]]:
 
     def start(program: str = USER) -> User:
         command = [sys.executable, "-c", program, str(folder)]
-        users.append(
-            subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        )
+        users.append(subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         return users[-1]
 
     yield start
@@ -100,9 +98,7 @@ def client(url: str) -> redis.Redis:
     return redis.Redis.from_url(url, decode_responses=True)
 
 
-def test_processes_that_start_together_share_one_server(
-    folder: Path, start_user: Callable[..., User]
-) -> None:
+def test_processes_that_start_together_share_one_server(folder: Path, start_user: Callable[..., User]) -> None:
     """Six processes at once get one URL, and there is one server."""
     users = [start_user() for _ in range(6)]
     urls = {url_of(user) for user in users}
@@ -174,9 +170,7 @@ def test_last_graceful_exit_stops_the_server(folder: Path, start_user: Callable[
     assert servers(folder) == []
 
 
-def test_exit_of_a_forked_child_does_not_stop_the_server(
-    folder: Path, start_user: Callable[..., User]
-) -> None:
+def test_exit_of_a_forked_child_does_not_stop_the_server(folder: Path, start_user: Callable[..., User]) -> None:
     """A forked child that runs its parent's exit handlers takes nothing from the parent."""
     user = start_user(FORKING_USER)
     url = url_of(user)
@@ -189,9 +183,7 @@ def test_exit_of_a_forked_child_does_not_stop_the_server(
     assert servers(folder) == []
 
 
-def test_server_outlives_the_process_group_of_its_starter(
-    folder: Path, start_user: Callable[..., User]
-) -> None:
+def test_server_outlives_the_process_group_of_its_starter(folder: Path, start_user: Callable[..., User]) -> None:
     """Ctrl-C in a terminal reaches the workers, not the server."""
     user = start_user()
     url_of(user)
@@ -310,9 +302,7 @@ def test_files_are_for_their_owner_only(folder: Path) -> None:
     """The folder is 0700, everything in it 0600 (0700 for folders)."""
     client(embedded_url(folder)).set("chat", "42")
     modes = {path: path.stat().st_mode & 0o777 for path in [folder, *folder.rglob("*")]}
-    assert {"secret", "server.json", "valkey.conf", "valkey.log", "users.lock"} <= {
-        path.name for path in modes
-    }
+    assert {"secret", "server.json", "valkey.conf", "valkey.log", "users.lock"} <= {path.name for path in modes}
     assert {path: mode for path, mode in modes.items() if mode != (0o700 if path.is_dir() else 0o600)} == {}
 
 

@@ -198,9 +198,7 @@ def test_a_background_child_that_holds_stdin_does_not_hold_the_channel(server):
     """The end of a command is the end of its exit status and its output, whoever still has its input."""
 
     async def talker(connection):
-        process = await connection.create_process(
-            "exec 3<&0; sleep 1000 <&3 >/dev/null 2>&1 & echo $!; exit 4"
-        )
+        process = await connection.create_process("exec 3<&0; sleep 1000 <&3 >/dev/null 2>&1 & echo $!; exit 4")
         result = await process.wait()
         await connection.run(f"kill {result.stdout}")
         return result.exit_status
@@ -234,9 +232,7 @@ def test_a_closed_channel_ends_a_reader_but_kills_nobody(server):
         pid = int(await process.stdout.readline())
         process.close()
         # cat ends, and the shell becomes sleep under the same pid
-        probe = (
-            f'until [ "$(ps -o comm= -p {pid})" = sleep ]; do kill -0 {pid} || exit 1; done; kill -9 {pid}'
-        )
+        probe = f'until [ "$(ps -o comm= -p {pid})" = sleep ]; do kill -0 {pid} || exit 1; done; kill -9 {pid}'
         return (await connection.run(probe)).exit_status
 
     assert talk(server.info, talker) == 0
@@ -429,9 +425,7 @@ def test_pty_and_shell_are_refused_politely(tmp_path):
 def test_users_of_any_name_log_in_and_are_logged(tmp_path):
     """Two connections with different user names: each sees its own USER, and the log names both."""
     with loopback(tmp_path) as server:
-        users = [
-            talk(server.info, lambda c: c.run("echo $USER"), username=name).stdout for name in ("ann", "bob")
-        ]
+        users = [talk(server.info, lambda c: c.run("echo $USER"), username=name).stdout for name in ("ann", "bob")]
         assert users == ["ann\n", "bob\n"]
         assert server.info.logins.read_text().splitlines() == ["ann", "bob"]
 

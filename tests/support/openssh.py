@@ -174,9 +174,7 @@ class OpenSshd:
         for name in ("host_key", "client_key"):
             (folder / name).touch(mode=0o600)
             asyncssh.generate_private_key("ssh-ed25519").write_private_key(folder / name)
-        host_key, client_key = (
-            asyncssh.read_private_key(folder / name) for name in ("host_key", "client_key")
-        )
+        host_key, client_key = (asyncssh.read_private_key(folder / name) for name in ("host_key", "client_key"))
         (self._public / "authorized_keys").write_bytes(client_key.export_public_key())
         port = _free_port()
         (folder / "known_hosts").write_bytes(f"[127.0.0.1]:{port} ".encode() + host_key.export_public_key())
@@ -210,9 +208,7 @@ class OpenSshd:
         ]
         # OpenSSH 9.8 and later shuts out an address whose sessions crash, which kill_sessions() looks like.
         config.write_text("\n".join([*lines, "PerSourcePenalties no", ""]))
-        if subprocess.run(
-            [self._binary, "-t", "-f", str(config)], capture_output=True, check=False
-        ).returncode:
+        if subprocess.run([self._binary, "-t", "-f", str(config)], capture_output=True, check=False).returncode:
             config.write_text("\n".join([*lines, ""]))
 
 

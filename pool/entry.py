@@ -1,0 +1,152 @@
+"""One entry of a pool, who waits for it, and what the driver is told to do. Data only.
+
+The state machine is a table; an event that a state does not know raises, and shows the entry's recent history.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any, Literal, NamedTuple
+
+from pool.errors import PoolError
+
+Identity = tuple[str, str]
+"""``(primary, agent)``: whom a backend belongs to, and which of that key's backends it is."""
+
+State = Literal["connecting", "idle", "busy", "retired", "closed"]
+Event = Literal["connected", "failed", "acquire", "release", "last_release", "check", "retire", "close"]
+
+TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
+    "connecting": {"connected": "idle", "failed": "closed", "retire": "retired", "close": "closed"},
+    "idle": {"acquire": "busy", "check": "connecting", "close": "closed"},
+    "busy": {
+        "acquire": "busy",
+        "release": "busy",
+        "last_release": "idle",
+        "retire": "retired",
+        "close": "closed",
+    },
+    # A retired entry takes nobody new; whoever was already waiting for it is still served.
+    "retired": {
+        "connected": "retired",
+        "failed": "closed",
+        "acquire": "retired",
+        "release": "retired",
+        "last_release": "retired",
+        "close": "closed",
+    },
+    "closed": {},
+}
+
+_serials = count(1)
+
+
+class IllegalTransition(RuntimeError):
+    """A bug in this package: an event that the state does not know, with the entry's recent history."""
+
+
+class Entry:
+    """One backend of the pool, from the decision to connect it until it is closed."""
+
+    __slots__ = (
+        "backend",
+        "born",
+        "busy_since",
+        "config",
+        "expires",
+        "history",
+        "identity",
+        "idle_since",
+        "max_users",
+        "override",
+        "pooled",
+        "serial",
+        "state",
+        "users",
+        "waiters",
+    )
+
+    def __init__(
+        self,
+        identity: Identity,
+        config: dict[str, Any],
+        override: dict[str, Any] | None,
+        now: float,
+        *,
+        pooled: bool,
+    ) -> None:
+        self.identity = identity
+        self.config = config  # effective: what the backend is made from
+        self.override = override  # the caller's part of it: compared first, because it is nearly always None
+        self.pooled = pooled  # False: keyless, closed at release
+        self.serial = next(_serials)
+        self.state: State = "connecting"
+        self.backend: Any = None
+        self.users = 0
+        self.max_users: int | None = None
+        self.waiters: deque[Waiter] = deque()
+        self.born = now
+        self.expires = float("inf")
+        self.idle_since = now
+        self.busy_since = now
+        self.history: deque[str] = deque(maxlen=12)
+
+    def apply(self, event: Event) -> None:
+        """Follow the table; raise `IllegalTransition` with the history when it has no such step."""
+        try:
+            self.state = TRANSITIONS[self.state][event]
+        except KeyError:
+            raise IllegalTransition(
+                f"{event!r} in state {self.state!r} of {self!r}; before: {' '.join(self.history) or 'nothing'}"
+            ) from None
+        self.history.append(event)
+
+    def __repr__(self) -> str:
+        return f"<Entry #{self.serial} {self.identity[0]!r}/{self.identity[1]} {self.state} users={self.users}>"
+
+
+class Waiter:
+    """Somebody who waits for a backend: granted an entry or given an error exactly once, then woken."""
+
+    __slots__ = ("config", "entry", "error", "identity", "override", "pooled", "wake", "warm")
+
+    def __init__(
+        self,
+        identity: Identity,
+        config: dict[str, Any],
+        override: dict[str, Any] | None,
+        wake: Callable[[], Any],
+        *,
+        pooled: bool,
+    ) -> None:
+        self.identity = identity
+        self.config = config
+        self.override = override
+        self.pooled = pooled
+        self.wake = wake
+        self.warm = False  # the backend it gets was connected before it asked
+        self.entry: Entry | None = None
+        self.error: PoolError | None = None
+
+
+class Connect(NamedTuple):
+    """Make the entry's backend ready: check the one it has, or connect a new one."""
+
+    entry: Entry
+    first_close: tuple[Any, ...] = ()  # backends that must be gone before: the cap counts live ones
+
+
+class Close(NamedTuple):
+    """Close a backend that has left the pool."""
+
+    entry: Entry
+    backend: Any
+
+
+class Wake(NamedTuple):
+    """Tell a waiter that it has been served."""
+
+    waiter: Waiter
+
+
+Effects = list[Connect | Close | Wake]
