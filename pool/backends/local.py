@@ -46,7 +46,7 @@ class LocalFilesystemBackend(WorkspaceBackend):
     ) -> None:
         super().__init__()
         check_number("max_output", max_output, "must be more than 0", unit="bytes")
-        self.root = os.path.abspath(os.path.expanduser(root_dir))- keeps the text form
+        self.root = os.path.abspath(os.path.expanduser(root_dir))
         self.max_output = max_output
         self.base_env = {**{n: os.environ[n] for n in _PASSED_ON if n in os.environ}, **check_env(env)}
         self._running: set[_Command] = set()
@@ -97,7 +97,7 @@ class LocalFilesystemBackend(WorkspaceBackend):
 
     async def stat_file(self, place: Place) -> FileStat:
         def describe(real: str) -> FileStat:
-            found = os.stat(real)- a text path all the way
+            found = os.stat(real)
             return FileStat(found.st_size, found.st_mtime, found.st_mode, stat_bits.S_ISDIR(found.st_mode))
 
         return await self._guarded("stat", place, describe)
