@@ -107,8 +107,6 @@ class Settings:
     """Seconds between two beat-driven passes that close idle chats."""
     chat_ttl: float = 1800.0
     """A chat none of whose backends was used for this many seconds is closed."""
-    max_retries: int = 8
-    """How often a task is retried when its backend is unavailable."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.namespace):
@@ -167,6 +165,8 @@ class Settings:
             concurrency=env.integer("POOL_CONCURRENCY", None),
             hosts_file=Path(hosts_file) if hosts_file else None,
             data_dir=Path(data_dir).absolute() if data_dir else Path.cwd() / ".pool",
+            sweep_interval=env.seconds("POOL_SWEEP_INTERVAL", 60.0),
+            close_interval=env.seconds("POOL_CLOSE_INTERVAL", 60.0),
             chat_ttl=env.seconds("POOL_CHAT_TTL", 1800.0),
             pool=pool,
         )

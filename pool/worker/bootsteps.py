@@ -43,6 +43,27 @@ class BackendPoolStep(bootsteps.StartStopStep):
         """Warm shutdown: the running tasks have finished."""
         self.extension.close(grace=STOP_GRACE)
 
+    def info(self, worker: Any) -> dict[str, Any]:  # noqa: ARG002
+        """What ``celery inspect stats`` and Flower show; empty where the pool lives in a child process."""
+        if not self.in_process:
+            return {}
+        stats = self.extension.pool.get_stats()
+        return {
+            "backend_pool": {
+                "total": stats.total_backends,
+                "busy": stats.active_backends,
+                "idle": stats.idle_backends,
+                "waiting": stats.waiting,
+                "connects": stats.connects,
+                "connect_failures": stats.connect_failures,
+                "hits": stats.hits,
+                "evicted_idle": stats.evicted_idle,
+                "evicted_lru": stats.evicted_lru,
+                "retired": stats.retired_total,
+                "shards": len(self.extension.settings.owned_shards),
+            }
+        }
+
     def terminate(self, worker: Any) -> None:  # noqa: ARG002
         """Cold shutdown: what still runs is cancelled, and its message goes back to the queue."""
         self.extension.close(grace=0.0)
