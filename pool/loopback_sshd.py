@@ -91,7 +91,7 @@ class _Command(asyncio.SubprocessProtocol):
         if self._process is None:
             self._early.append(partial(self.write, data))
             self._channel.pause_reading()
-        elif self._stdin is not None:
+        elif self._stdin is not None and not self._stdin.is_closing():
             self._stdin.write(data)
 
     def write_eof(self) -> None:
