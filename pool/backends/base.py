@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -141,6 +141,13 @@ class Backend(ABC):
         value: T = await keeper.enter()
         self.track_closeable(keeper)
         return value
+
+    def run_sync(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine of this backend on the event loop and wait for it: the sync door of a method of your own.
+
+        An exception that arrives in the waiting thread cancels it. Raises `PoolError` on the loop's own thread.
+        """
+        return loop_thread().run(coroutine)
 
     def destroy(self) -> None:
         """Close it and what it tracks. Can be repeated. Users that are still at work see `BackendClosed`."""

@@ -3,8 +3,10 @@
 import asyncio
 import signal
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncssh
 
@@ -15,6 +17,13 @@ from pool.errors import BackendUnavailable
 if TYPE_CHECKING:
     from pool.backends.ssh import RemoteFilesystemBackend
 
+T = TypeVar("T")
+
+_REFUSED_PAUSE = 0.05
+"""Seconds until a refused channel is asked for again, if none ends before."""
+_REFUSED_PATIENCE = 2.0
+"""Seconds for which a server may refuse although no channel is open."""
+
 _KILL_PATIENCE = KILL_GRACE + 5.0
 """Seconds for the host to report that a killed command is gone."""
 
@@ -22,19 +31,22 @@ _KILL_PATIENCE = KILL_GRACE + 5.0
 class Channels:
     """Slots for channels, first come first served.
 
-    A server that refuses one (OpenSSH's MaxSessions) is believed: the limit sinks to what is open, and the caller
-    waits for one of those to end.
+    A server that refuses a channel (OpenSSH's MaxSessions, which also counts channels that have just ended) is asked
+    again when another channel ends, or after `_REFUSED_PAUSE`. Only a server that refuses although nothing is open
+    is an error.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.open_now = 0
+        self._limit = limit
+        self._taken = 0
+        self._opened = 0  # channels that the server has granted
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._freed = asyncio.Event()
 
     async def take(self) -> None:
         """Wait for a slot."""
-        if self.open_now < self.limit and not self._waiting:
-            self.open_now += 1
+        if self._taken < self._limit and not self._waiting:
+            self._taken += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
@@ -42,67 +54,79 @@ class Channels:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # it was given a slot, too late
-                self.give_back()
+                self._give_back()
             else:
                 self._waiting.remove(turn)
             raise
 
-    def give_back(self) -> None:
-        """End the use of a slot; the next one in line gets it."""
-        self.open_now -= 1
-        while self._waiting and self.open_now < self.limit:
+    def _give_back(self) -> None:
+        self._taken -= 1
+        while self._waiting and self._taken < self._limit:
             turn = self._waiting.popleft()
             if not turn.done():
-                self.open_now += 1
+                self._taken += 1
                 turn.set_result(None)
 
-    def refused(self) -> bool:
-        """The server refused a channel, whose slot is given back; returns whether waiting for another one can help."""
-        others = self.open_now - 1
-        if others:
-            self.limit = min(self.limit, others)
-        self.give_back()
-        return others > 0
+    def closed(self) -> None:
+        """A granted channel is closed by the server: its slot is free again, not before."""
+        self._opened -= 1
+        self._freed.set()
+        self._give_back()
 
-    async def open(
+    async def granted(self, connection: asyncssh.SSHClientConnection, opening: Callable[[], Awaitable[T]]) -> T:
+        """Take a slot and call *opening* until the server grants the channel; `closed` ends it.
+
+        Raises `BackendUnavailable` when the server grants none, asyncssh's errors when the connection is dead.
+        """
+        await self.take()
+        try:
+            deadline = monotonic() + _REFUSED_PATIENCE
+            while True:
+                try:
+                    result = await opening()
+                except asyncssh.ChannelOpenError as error:
+                    if connection.is_closed():
+                        raise
+                    if self._opened:
+                        deadline = monotonic() + _REFUSED_PATIENCE
+                    elif monotonic() > deadline:
+                        text = f"the server refuses every channel: {error.reason} (MaxSessions?)"
+                        raise BackendUnavailable(text, "sessions", 0.0) from error
+                else:
+                    self._opened += 1
+                    return result
+                self._freed.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._freed.wait(), _REFUSED_PAUSE)
+        except BaseException:
+            self._give_back()
+            raise
+
+    async def start(
         self, connection: asyncssh.SSHClientConnection, session: "CommandSession", line: str, setup: bytes
     ) -> None:
-        """Start *line* on a channel. The slot is free again when the server has closed the channel, not before.
+        """Start *line* on a channel of its own. Cancelled, it leaves no command behind. Raises as `granted`."""
 
-        Cancelled, it does not leave a command behind. Raises asyncssh's errors when the connection is dead.
-        """
-        while True:
-            await self.take()
-            session.on_closed = self.give_back
-            opening = asyncio.ensure_future(connection.create_session(lambda: session, line, encoding=None))
+        async def opening() -> None:
+            task = asyncio.ensure_future(connection.create_session(lambda: session, line, encoding=None))
             try:
-                await asyncio.shield(opening)
+                await asyncio.shield(task)
             except asyncio.CancelledError:
-                await asyncio.wait({opening}, timeout=_KILL_PATIENCE)
-                opening.add_done_callback(self._close_late)
+                await asyncio.wait({task}, timeout=_KILL_PATIENCE)
+                task.add_done_callback(_close_late)
                 if session.started:
                     await session.kill()
                 raise
-            except asyncssh.ChannelOpenError as error:
-                if connection.is_closed():
-                    self.give_back()
-                    raise
-                if not self.refused():
-                    text = f"the server refuses every channel: {error.reason} (MaxSessions?)"
-                    raise BackendUnavailable(text, "sessions", 0.0) from error
-            except asyncssh.Error:
-                if not session.started:
-                    self.give_back()
-                raise
-            else:
-                session.write(setup)
-                return
 
-    @staticmethod
-    def _close_late(opening: "asyncio.Future[Any]") -> None:
-        """A channel that opened after its caller had gone is closed; its slot follows by `on_closed`."""
-        if not opening.cancelled() and opening.exception() is None:
-            opening.result()[0].close()
+        await self.granted(connection, opening)
+        session.on_closed(self.closed)
+        session.write(setup)
+
+
+def _close_late(opening: "asyncio.Future[Any]") -> None:
+    """Close a channel that opened after its caller had gone."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result()[0].close()
 
 
 class CommandSession(asyncssh.SSHClientSession[bytes]):
@@ -114,7 +138,7 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
         self._channel: Any = None
         self._code: int | None = None
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-        self.on_closed: Callable[[], None] = lambda: None
+        self._on_closed: Callable[[], None] | None = None
 
     @property
     def started(self) -> bool:
@@ -137,8 +161,16 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
         number = getattr(signal, f"SIG{signal_name}", None)
         self._code = 128 + (number.value if number is not None else 0)
 
+    def on_closed(self, call: Callable[[], None]) -> None:
+        """Call *call* when the server has closed the channel; at once if it has already."""
+        if self._ended.done():
+            call()
+        else:
+            self._on_closed = call
+
     def connection_lost(self, exc: Exception | None) -> None:
-        self.on_closed()
+        if self._on_closed is not None:
+            self._on_closed()
         if not self._ended.done():
             self._ended.set_result(exc)
 

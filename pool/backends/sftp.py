@@ -155,17 +155,8 @@ class RemoteFiles:
                 connection = await self._backend.live_connection()
                 if self._backend._files is not self:  # a new connection was made: its files are others
                     return await self._backend._files._sftp()
-                channels = self._backend.channels
-                while self._client is None:
-                    await channels.take()
-                    try:
-                        self._client = await connection.start_sftp_client()
-                    except asyncssh.ChannelOpenError:
-                        if connection.is_closed() or not channels.refused():
-                            raise
-                    except BaseException:
-                        channels.give_back()
-                        raise
+                # It holds its slot for as long as the connection lives.
+                self._client = await self._backend.channels.granted(connection, connection.start_sftp_client)
             return self._client
 
 

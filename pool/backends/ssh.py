@@ -210,7 +210,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     ) -> CommandSession:
         session = CommandSession(self, capture)
         try:
-            await self._channels.open(connection, session, line, setup)
+            await self._channels.start(connection, session, line, setup)
         except asyncssh.Error as error:
             raise self.lost_error(error) from error
         return session
