@@ -8,6 +8,7 @@ task of a user ran in one process, and each user needed exactly one connection.
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pool import embedded
+from pool.backends.shell import ShellCommand
 from pool.loopback_sshd import LoopbackSshd, SshdInfo
 
 NODES = {"node-a": "0-31", "node-b": "32-63"}
@@ -144,15 +146,19 @@ class Demo:
     def _celery(
         self, log: str, environment: dict[str, str], node: str | None = None
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """A ``celery`` process, in a session of its own: Ctrl-C reaches this process, which stops it in order."""
+        """A ``celery`` process in a session of its own: Ctrl-C reaches the demo, which stops all in order.
+
+        It runs in the supervised shell, so that it ends even when the demo is killed.
+        """
         what = ["worker", "-n", f"{node}@%h"] if node else ["beat", "-s", str(self.folder / "beat-schedule")]
-        command = [sys.executable, "-m", "celery", "-A", "worker_config", *what, "-l", "INFO"]
-        path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
+        command = shlex.join([sys.executable, "-m", "celery", "-A", "worker_config", *what, "-l", "INFO"])
+        here = str(Path.cwd())
+        path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         with (self.folder / f"{log}.log").open("wb") as output:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                command,
+                ShellCommand(command, here, here, {}).argv,
                 env={**os.environ, **environment, "PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -160,12 +166,11 @@ class Demo:
         try:
             yield process
         finally:
-            process.terminate()
-            try:
-                process.wait(STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with process:  # lets go of the lifeline at the end, whatever happened before
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(STOP_TIMEOUT)
 
     def _wait_for_nodes(self, processes: list[subprocess.Popen[bytes]]) -> None:
         wanted = [f"{name}@" for name in NODES]

@@ -399,6 +399,7 @@ class LoopbackSshd:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the parent; the end of stdin tells this one
         )
         assert self._process.stdout is not None
         poll = select.poll()
