@@ -94,7 +94,7 @@ class Demo:
     def run(self) -> Report:
         """Start everything, do the work, stop everything; also when interrupted."""
         with ExitStack() as stack:
-            self._clean(stack)
+            self._clean()
             sshd = stack.enter_context(LoopbackSshd(self.folder / "sshd", home=self.folder / "host"))
             environment = self._environment(sshd.info)
             os.environ.update(environment)
@@ -116,13 +116,11 @@ class Demo:
 
     # -- processes
 
-    def _clean(self, stack: ExitStack) -> None:
-        """Begin with an empty folder, whatever an earlier run left; stop the Valkey at the end."""
-        valkey = self.folder / "valkey"
-        embedded.stop(valkey)
+    def _clean(self) -> None:
+        """Begin with an empty folder, whatever an earlier run left. Its Valkey ends with its last user, this process."""
+        embedded.stop(self.folder / "valkey")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        stack.callback(embedded.stop, valkey)
 
     def _environment(self, sshd: SshdInfo) -> dict[str, str]:
         hosts = self.folder / "hosts.toml"
@@ -151,7 +149,7 @@ class Demo:
         It runs in the supervised shell, so that it ends even when the demo is killed.
         """
         what = ["worker", "-n", f"{node}@%h"] if node else ["beat", "-s", str(self.folder / "beat-schedule")]
-        command = shlex.join([sys.executable, "-m", "celery", "-A", "worker_config", *what, "-l", "INFO"])
+        command = "exec " + shlex.join([sys.executable, "-m", "celery", "-A", "worker_config", *what, "-l", "INFO"])
         here = str(Path.cwd())
         path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         with (self.folder / f"{log}.log").open("wb") as output:
