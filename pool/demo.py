@@ -6,6 +6,7 @@ task of a user ran in one process, and each user needed exactly one connection.
 """
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -117,7 +118,7 @@ class Demo:
     # -- processes
 
     def _clean(self) -> None:
-        """Begin with an empty folder, whatever an earlier run left. Its Valkey ends with its last user, this process."""
+        """Begin with an empty folder, whatever an earlier run left. Valkey ends with its last user, this process."""
         embedded.stop(self.folder / "valkey")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -340,14 +341,18 @@ def main() -> int:
         signal.signal(number, _interrupt)
     console = Console(stderr=options.json)
     demo = Demo(options.folder, console, options.users, options.tasks)
+    report = None
     try:
         report = demo.run()
     except KeyboardInterrupt:
-        console.print("interrupted; everything was stopped")
-        return 130
+        pass  # leave the traceback first: it holds results that were still awaited
     except RuntimeError as error:
         console.print(f"[red]{error}")
         return 1
+    if report is None:
+        gc.collect()  # such a result unsubscribes when it is dropped: now, not after Valkey has gone
+        console.print("interrupted; everything was stopped")
+        return 130
     if options.json:
         print(json.dumps(asdict(report)))
     else:
