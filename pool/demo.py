@@ -6,7 +6,6 @@ task of a user ran in one process, and each user needed exactly one connection.
 """
 
 import argparse
-import gc
 import json
 import os
 import shlex
@@ -226,6 +225,9 @@ class Demo:
             report.results.append(result.get(timeout=TASK_TIMEOUT))
         except Exception as error:
             self.failures.append(f"{report.user}: {error}")
+        finally:
+            # An interrupted wait would be undone when the interpreter ends, after Valkey has gone.
+            self.app.backend.remove_pending_result(result)
 
     def _close_chats(self) -> int:
         close_chat = self.app.tasks["pool.close_chat"]
@@ -341,18 +343,14 @@ def main() -> int:
         signal.signal(number, _interrupt)
     console = Console(stderr=options.json)
     demo = Demo(options.folder, console, options.users, options.tasks)
-    report = None
     try:
         report = demo.run()
     except KeyboardInterrupt:
-        pass  # leave the traceback first: it holds results that were still awaited
+        console.print("interrupted; everything was stopped")
+        return 130
     except RuntimeError as error:
         console.print(f"[red]{error}")
         return 1
-    if report is None:
-        gc.collect()  # such a result unsubscribes when it is dropped: now, not after Valkey has gone
-        console.print("interrupted; everything was stopped")
-        return 130
     if options.json:
         print(json.dumps(asdict(report)))
     else:
