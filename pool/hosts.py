@@ -53,6 +53,7 @@ _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "insecure": ((bool,), "true or false"),
     "password_env": ((str,), "the name of an environment variable"),
     "passphrase_env": ((str,), "the name of an environment variable"),
+    "connect_timeout": ((int, float), "a number of seconds"),
     "keepalive_interval": ((int, float), "a number of seconds"),
     "keepalive_count": ((int,), "a whole number"),
     "max_channels": ((int,), "a whole number"),
@@ -106,7 +107,9 @@ class Hosts:
     @classmethod
     def local(cls, data_dir: Path) -> Self:
         """Without a hosts file: a folder of this machine for each key."""
-        return cls({"backend": "local", "root_dir": str(data_dir / "work" / "{key}")}, (), "built-in default")
+        return cls(
+            {"backend": "local", "root_dir": str(data_dir / "work" / "{key}")}, (), f"folders in {data_dir / 'work'}"
+        )
 
     def config_for(self, primary: str, agent: str) -> dict[str, Any]:  # noqa: ARG002 - agents come by name
         """Return ``{"backend": kind, ...}`` for a key.

@@ -5,10 +5,10 @@ from typing import Any
 
 from celery import shared_task
 
-from pool import PooledTask
+from pool import CommandFailed, CommandTimeout, PooledTask
 
 
-@shared_task(base=PooledTask, bind=True, key="user_id")
+@shared_task(base=PooledTask, bind=True, key="user_id", throws=(CommandFailed, CommandTimeout))
 def run_build(
     self: PooledTask,
     user_id: str,

@@ -324,6 +324,10 @@ class Workspace(ABC):
 class WorkspaceBackend(Workspace, Driver, Backend):
     """A kind of backend that runs commands and keeps files under ``root``."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._reconnecting = asyncio.Lock()
+
     @property
     def _driver(self) -> Driver:  # type: ignore[override]
         return self
@@ -331,14 +335,9 @@ class WorkspaceBackend(Workspace, Driver, Backend):
     async def ready(self) -> None:
         """Connect on first use, and again after the connection was lost."""
         if not self.usable:
-            await self._reconnect()
-
-    async def _reconnect(self) -> None:
-        """One connect at a time, however many callers find it down."""
-        lock: asyncio.Lock = self.__dict__.setdefault("_connecting", asyncio.Lock())
-        async with lock:
-            if not self.usable:
-                await self.connect()
+            async with self._reconnecting:  # one at a time, however many callers find it down
+                if not self.usable:
+                    await self.connect()
 
 
 def _short(command: str) -> str:

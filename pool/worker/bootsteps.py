@@ -1,11 +1,14 @@
 """The worker's side of the backend pool: checks at start, which queues to consume, when to open and close."""
 
+import logging
 from typing import Any
 
 import click
 from celery import bootsteps
 
 from pool.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 STOP_GRACE = 5.0
 """Seconds for tasks to give their backends back after the execution pool has stopped (they have, by then)."""
@@ -35,6 +38,13 @@ class BackendPoolStep(bootsteps.StartStopStep):
         return True
 
     def start(self, worker: Any) -> None:  # noqa: ARG002 - Celery's signature
+        settings = self.extension.settings
+        logger.info(
+            "backend pool: %d of %d shards, backends from %s",
+            len(settings.owned_shards),
+            settings.shards,
+            self.extension.backends_from,
+        )
         if self.in_process:
             self.extension.closing = False
             _ = self.extension.pool

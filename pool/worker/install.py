@@ -35,7 +35,7 @@ def install(
     to 1. Raises `ConfigError`.
     """
     settings = settings or Settings.from_env()
-    extension = WarmPool(app, settings, backend_class, default_config)
+    extension = WarmPool(settings, backend_class, default_config)
     app.warm_pool = extension
     own_routes = app.conf.task_routes or ()
     if not isinstance(own_routes, list | tuple):
@@ -61,7 +61,6 @@ class WarmPool:
 
     def __init__(
         self,
-        app: Celery,
         settings: Settings,
         backend_class: Callable[..., Backend] | None,
         default_config: Mapping[str, Any] | None,
@@ -69,16 +68,17 @@ class WarmPool:
         self.settings = settings
         self.router = ShardRouter(settings)
         self.closing = False
-        self._app_name = app.main
         self._owned = frozenset(settings.owned_shards)
         self._lock = threading.Lock()
         self._pid = 0
         self._pool: BackendPoolManager[Any] | None = None
         self._make_pool: Callable[[], BackendPoolManager[Any]]
         if backend_class is not None:
+            self.backends_from = getattr(backend_class, "__qualname__", repr(backend_class))
             self._make_pool = lambda: BackendPoolManager(backend_class, default_config, settings=settings.pool)
         else:
             hosts = Hosts.load(settings.hosts_file) if settings.hosts_file else Hosts.local(settings.data_dir)
+            self.backends_from = hosts.source
             self._make_pool = lambda: BackendPoolManager(
                 make_backend, default_config, config_for=hosts.config_for, settings=settings.pool
             )
