@@ -129,15 +129,17 @@ class PooledTask(Task):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task's code; decide what a backend that is not there means for the message."""
+        if self.request.called_directly:  # as a plain function: Celery gives it a request of its own
+            return super().__call__(*args, **kwargs)
         try:
             return self.run(*args, **kwargs)
         except BackendClosed:
             # A node that shuts down at once closes backends under running tasks: their messages go back unharmed.
-            if self.request.called_directly or not self._extension.closing:
+            if not self._extension.closing:
                 raise
             raise Reject("the node shuts down", requeue=True) from None
         except BackendUnavailable as error:
-            if self.request.called_directly or not self.retry_unavailable or error.retry_after is None:
+            if not self.retry_unavailable or error.retry_after is None:
                 raise
             delay = max(MIN_RETRY_DELAY, error.retry_after)
             raise self.retry(exc=error, countdown=delay) from None
