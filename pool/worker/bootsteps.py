@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 from celery import bootsteps
+from celery.exceptions import WorkerTerminate
+from celery.utils import log
 
 from pool.errors import ConfigError
 
@@ -28,6 +30,8 @@ class BackendPoolStep(bootsteps.StartStopStep):
             if click.get_current_context(silent=True) is None:
                 raise
             raise click.UsageError(str(error)) from None
+        if self.in_process:
+            worker.pool_cls = _interruptible(worker.pool_cls, self.extension)
         queues = worker.app.amqp.queues
         for shard in self.extension.settings.owned_shards:
             queues.select_add(self.extension.router.queues[shard])
@@ -97,3 +101,26 @@ def _check_execution_pool(worker: Any) -> bool:
             " would have a backend in each. Use POOL_EXECUTION=threads, or start several nodes with prefork and -c 1"
         )
     return False
+
+
+def _interruptible(pool_cls: Any, extension: Any) -> Any:
+    """Return an execution pool whose tasks a cold shutdown can end.
+
+    Celery's threads and solo pools do not know how, so its handler of QUIT fails in them: the worker waits for the
+    running build after all, or the build is recorded as failed. Closing the backends ends what runs in threads, and
+    each message goes back (`PooledTask.__call__`); in solo the handler runs on top of the task, and unwinds it.
+    Revoking a running task stays unsupported, as Celery documents it.
+    """
+    solo = pool_cls.__module__.endswith(".solo")
+
+    class TaskPool(pool_cls):  # type: ignore[misc]
+        def terminate_job(self, pid: int, signal: int | None = None) -> None:
+            if not log._in_sighandler:
+                super().terminate_job(pid, signal)
+            elif solo:
+                raise WorkerTerminate(1)
+            else:
+                extension.close(grace=0.0)
+
+    TaskPool.__module__ = pool_cls.__module__  # by which Celery names the pool
+    return TaskPool

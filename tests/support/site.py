@@ -1,0 +1,149 @@
+"""One place for an acceptance test: a data folder, its embedded Valkey, the nodes on it, and an app to send tasks from."""
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import redis
+from celery import Celery
+from celery.result import AsyncResult
+from pytest_celery import CeleryTestSetup
+
+import tasks.builds
+import tests.acceptance.apps.probe  # noqa: F401 - shared tasks: every app knows them
+from pool import Settings, install
+from tests.support.celery_nodes import BeatContainer, ValkeyContainer, WorkerContainer, WorkerNode, group_members
+from tests.support.waiting import wait_until
+
+RESULT_TIMEOUT = 60.0
+
+
+class Site:
+    """A data folder with its Valkey; ``env`` is what every node here gets."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = folder / "data"
+        self.valkey = ValkeyContainer(self.data / "valkey")
+        self.env = {"POOL_DATA_DIR": str(self.data)}
+        self.hosts_file = folder / "hosts.toml"
+
+    def write_hosts(self, text: str) -> None:
+        """From here on, nodes use this hosts file."""
+        self.hosts_file.write_text(text)
+        self.env["POOL_HOSTS_FILE"] = str(self.hosts_file)
+
+    def start(
+        self,
+        name: str = "node",
+        *,
+        app: str = "worker_config",
+        options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> WorkerNode:
+        """Start a node; wait for it with ``ready()``. It also runs the tests' own tasks."""
+        options = ["-I", "tests.acceptance.apps.probe", *options]
+        container = WorkerContainer(name, self.folder, app=app, options=options, env={**self.env, **(env or {})})
+        return WorkerNode(container, None)
+
+    def beat(self, *, app: str, env: Mapping[str, str] | None = None) -> BeatContainer:
+        return BeatContainer(self.folder, app=app, env={**self.env, **(env or {})})
+
+    def work(self, key: str) -> Path:
+        """Where the built-in hosts rule puts a key's files."""
+        return self.data / "work" / key
+
+    @contextlib.contextmanager
+    def redis(self) -> Any:
+        with redis.Redis.from_url(self.valkey.url, decode_responses=True) as client:
+            yield client
+
+    def forget_everything(self) -> None:
+        """Empty the Valkey; for a test that shares it and whose nodes have ended."""
+        with self.redis() as client:
+            client.flushall()
+
+    def messages(self) -> int:
+        """Messages that wait in any queue, or were taken and are not acknowledged."""
+        with self.redis() as client:
+            lists = list(client.scan_iter(_type="list"))
+            return sum(client.llen(name) for name in lists) + client.hlen("unacked")
+
+    def teardown(self) -> None:
+        self.valkey.teardown()
+
+
+class Producer(CeleryTestSetup):
+    """pytest-celery's setup, whose app routes by key as any web app with the extension would."""
+
+    app: Celery
+
+    @classmethod
+    def update_app_config(cls, app: Celery) -> None:
+        app.conf.update(task_serializer="json", result_serializer="json", accept_content=["json"])
+        app.conf.broker_transport_options = {"priority_steps": [0]}
+        install(app, Settings(broker_url=app.conf.broker_url, result_url=app.conf.result_backend))
+
+    def send(self, name: str, *args: Any, **options: Any) -> AsyncResult:
+        """Send one of the tasks that this process knows, by its name, as ``apply_async`` of the task does."""
+        return self.app.tasks[name].apply_async(args, options.pop("kwargs", None), **options)
+
+    def build(self, key: str, cmd: str, **kwargs: Any) -> AsyncResult:
+        """``run_build.delay`` of this app."""
+        return self.app.tasks[tasks.builds.run_build.name].delay(key, cmd, **kwargs)
+
+    def built(self, key: str, cmd: str = "true", **kwargs: Any) -> dict[str, Any]:
+        """Run a build to its end; return its result."""
+        return self.build(key, cmd, **kwargs).get(timeout=RESULT_TIMEOUT)
+
+    def where(self, key: str) -> dict[str, Any]:
+        """Return who works for *key*: node, pid, queue, whether the backend was warm."""
+        return self.send("probe.where", key).get(timeout=RESULT_TIMEOUT)
+
+    def teardown(self) -> None:
+        """Close the connections of this test's app."""
+        self.app.backend.result_consumer.stop()
+        self.app.backend.client.close()
+        self.app.close()
+
+
+class Gate:
+    """A build that runs until the test opens the gate: no build is ever caught, or missed, by timing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.command = (
+            "echo $$ > started.new; echo run >> runs; mv started.new started;"
+            " while [ ! -e go ]; do sleep 0.05; done; echo built"
+        )
+
+    @property
+    def runs(self) -> int:
+        """How often it was started."""
+        with contextlib.suppress(FileNotFoundError):
+            return len((self.folder / "runs").read_text().splitlines())
+        return 0
+
+    def wait_started(self, runs: int = 1) -> int:
+        """Wait until it runs for the *runs*-th time; return the id of its process group."""
+        wait_until(lambda: self.runs >= runs and (self.folder / "started").exists(), "the build runs", RESULT_TIMEOUT)
+        pid = int((self.folder / "started").read_text())
+        (self.folder / "started").unlink()
+        return os.getpgid(pid)
+
+    def open(self) -> None:
+        (self.folder / "go").touch()
+
+
+def wait_group_gone(pgid: int) -> None:
+    """Wait until no process of the group runs."""
+    wait_until(lambda: not group_members(pgid), f"process group {pgid} is gone", 30.0)
+
+
+def connections(server_pid: int) -> int:
+    """Open connections of a server on this machine, as the kernel sees them."""
+    found = psutil.Process(server_pid).net_connections("tcp")
+    return sum(1 for connection in found if connection.status == psutil.CONN_ESTABLISHED)
