@@ -64,7 +64,7 @@ class Lifecycle:
     def acquire_warm(self, identity: Identity, override: dict[str, Any] | None, now: float) -> Entry | None:
         """Take a usable entry at once, or return None: `acquire` then finds out why. The hot path."""
         entry = self.entries.get(identity)
-        if entry is None or entry.override != override or now >= entry.expires:
+        if entry is None or entry.override != override or now >= entry.expires or self.shut:
             return None
         if entry.state == "idle":
             if now - entry.idle_since >= self.config.check_after or not entry.backend.usable:

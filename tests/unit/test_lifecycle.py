@@ -896,3 +896,12 @@ def test_close_rest_closes_under_the_users():
     world.release(entry)
     assert world.closed() == []
     assert world.life.total == 0
+
+
+def test_after_shutdown_a_warm_backend_takes_nobody_new():
+    """The grace is for those who have it, or it would never end."""
+    world = World()
+    entry = world.hold()
+    world.life.shutdown(world.effects)
+    assert world.warm() is None
+    assert entry.users == 1
