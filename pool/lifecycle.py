@@ -140,10 +140,19 @@ class Lifecycle:
         entry.waiters.append(waiter)
         if waiter.pooled:
             self.entries[waiter.identity] = entry
+            self._gather(entry)
         else:
             self.outside.add(entry)
         effects.append(Connect(entry, first_close))
         return True
+
+    def _gather(self, entry: Entry) -> None:
+        """Who waits for room for this very backend needs none of its own any more."""
+        staying: deque[Waiter] = deque()
+        for waiter in self.room:
+            same = waiter.pooled and waiter.identity == entry.identity and waiter.config == entry.config
+            (entry.waiters if same else staying).append(waiter)
+        self.room = staying
 
     def give_up(self, waiter: Waiter, phase_timeout: float | None, now: float, effects: Effects) -> Entry | None:
         """Stop waiting. Returns the entry if it was granted in the meantime, else raises.
@@ -391,6 +400,7 @@ class Lifecycle:
             self._retire(before, effects)
         entry = Entry(identity, config, None, now, pooled=True)
         self.entries[identity] = entry
+        self._gather(entry)
         self.connected(entry, backend, now, effects)
 
     def shutdown(self, effects: Effects) -> None:
@@ -456,6 +466,9 @@ class Lifecycle:
             assert not entry.waiters or entry.backend is None or entry.state == "connecting" or served, entry
         for entry in self.idle:
             assert entry.state == "idle", entry
+        for waiter in self.room:
+            found = self.entries.get(waiter.identity) if waiter.pooled else None
+            assert found is None or found.config != waiter.config, f"{found} needs no room, yet somebody waits for it"
         ages = [entry.idle_since for entry in self.idle]
         assert ages == sorted(ages), "idle map is not ordered by time of release"
         assert self.closing >= 0

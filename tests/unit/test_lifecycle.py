@@ -905,3 +905,26 @@ def test_after_shutdown_a_warm_backend_takes_nobody_new():
     world.life.shutdown(world.effects)
     assert world.warm() is None
     assert entry.users == 1
+
+
+def test_one_place_serves_all_who_wait_for_room_for_the_same_backend():
+    """They need one place together, and do not stand behind somebody who needs another one."""
+    world = World(max_backends=1)
+    entry = world.hold("a")
+    first, other, second = world.ask("b"), world.ask("c"), world.ask("b")
+    world.release(entry)
+    world.connect()
+    assert first.entry is not None
+    assert second.entry is first.entry
+    assert other.entry is None
+
+
+def test_adopting_serves_who_waited_for_room():
+    """A registered backend is there; nobody needs to wait for a place for it."""
+    world = World(max_backends=1)
+    world.hold("a")
+    other, waiter = world.ask("c"), world.ask("b")
+    world.life.register(("b", "x"), {}, Thing("adopted"), world.now, world.effects)
+    world.life.check_invariants()
+    assert waiter.entry.backend.name == "adopted"
+    assert other.entry is None
