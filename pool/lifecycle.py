@@ -117,6 +117,7 @@ class Lifecycle:
         if entry.state == "idle" and now - entry.idle_since >= self.config.check_after:
             del self.idle[entry]
             entry.apply("check")
+            entry.preparing = True
             effects.append(Connect(entry))
         else:
             self._serve(entry, now, effects)
@@ -137,6 +138,7 @@ class Lifecycle:
             self.counters.evicted_lru += 1
             self._forget(victim)
         entry = Entry(waiter.identity, waiter.config, waiter.override, now, pooled=waiter.pooled)
+        entry.preparing = True
         entry.waiters.append(waiter)
         if waiter.pooled:
             self.entries[waiter.identity] = entry
@@ -190,7 +192,7 @@ class Lifecycle:
         for entry in (self.entries.get(waiter.identity), *self.outside):
             if entry is not None and waiter in entry.waiters:
                 entry.waiters.remove(waiter)
-                return "connect" if entry.backend is None or entry.state == "connecting" else "turn"
+                return "connect" if entry.preparing else "turn"
         return "turn"
 
     # -- release and service
@@ -229,7 +231,7 @@ class Lifecycle:
         self._fill_room(now, effects)
 
     def _serve(self, entry: Entry, now: float, effects: Effects) -> None:
-        if entry.state == "connecting" or entry.backend is None:
+        if entry.preparing:
             return
         while entry.waiters and (entry.max_users is None or entry.users < entry.max_users):
             waiter = entry.waiters.popleft()
@@ -257,10 +259,9 @@ class Lifecycle:
 
     def connected(self, entry: Entry, backend: Any, now: float, effects: Effects) -> None:
         """The entry's backend is ready: new, or checked and found alive."""
+        entry.preparing = False
         if entry.state == "closed":  # the pool was closed meanwhile
-            if backend is not entry.backend:
-                self.closing += 1
-                effects.append(Close(entry, backend))
+            effects.append(Close(entry, backend))
             return
         if backend is not entry.backend:
             for waiter in entry.waiters:
@@ -279,7 +280,12 @@ class Lifecycle:
 
     def connect_failed(self, entry: Entry, error: PoolError, now: float, effects: Effects) -> None:
         """Share the failure with all who wait for this entry, and remember it for a growing, jittered time."""
+        entry.preparing = False
         if entry.state == "closed":
+            if entry.backend is not None:  # its check was broken off
+                effects.append(Close(entry, entry.backend))
+            else:
+                self.gone(now, effects)
             return
         entry.apply("failed")
         self.outside.discard(entry)
@@ -323,8 +329,6 @@ class Lifecycle:
         if self.entries.get(entry.identity) is entry:
             del self.entries[entry.identity]
         self.outside.add(entry)
-        if entry.backend is not None and not entry.users and not entry.waiters:
-            self._close(entry, effects)
 
     def _forget(self, entry: Entry) -> None:
         """Take the entry out of every map; its backend is the caller's business now."""
@@ -337,8 +341,8 @@ class Lifecycle:
 
     def _close(self, entry: Entry, effects: Effects) -> None:
         self._forget(entry)
-        if entry.backend is not None:
-            self.closing += 1
+        self.closing += 1
+        if not entry.preparing:  # else `connected` or `connect_failed` will close what has come of it
             effects.append(Close(entry, entry.backend))
 
     def gone(self, now: float, effects: Effects) -> None:
@@ -463,7 +467,11 @@ class Lifecycle:
             assert (entry.state == "idle") <= (entry.users == 0), entry
             assert entry.max_users is None or entry.users <= entry.max_users, entry
             served = entry.max_users is not None and entry.users >= entry.max_users
-            assert not entry.waiters or entry.backend is None or entry.state == "connecting" or served, entry
+            assert not entry.waiters or entry.preparing or served, entry
+            assert entry.preparing or entry.backend is not None, entry
+            assert not entry.preparing or not entry.users, entry
+            assert (entry.state == "connecting") <= entry.preparing, entry
+            assert entry.state != "retired" or entry.users or entry.preparing, entry
         for entry in self.idle:
             assert entry.state == "idle", entry
         for waiter in self.room:

@@ -928,3 +928,53 @@ def test_adopting_serves_who_waited_for_room():
     world.life.check_invariants()
     assert waiter.entry.backend.name == "adopted"
     assert other.entry is None
+
+
+def test_who_waits_for_a_check_that_is_retired_is_still_served():
+    """Closing the key in the middle of a check: they get the backend, then it is closed."""
+    world = World(check_after=30.0)
+    entry = world.rest()
+    world.now += 30
+    waiter = world.ask()
+    world.life.close_key("a", world.now, world.effects)
+    world.connect(entry.backend)
+    assert waiter.entry is entry
+    assert world.take(Close) == []
+    world.release(entry)
+    assert world.closed() == [entry.backend]
+
+
+def test_a_check_that_nobody_waits_for_keeps_its_place_until_it_ends():
+    """It may be making a new backend: closing the old one under it would leave that one uncounted."""
+    world = World(check_after=30.0, max_backends=1)
+    entry = world.rest()
+    world.now += 30
+    world.life.give_up(world.ask(), None, world.now, world.effects)
+    world.life.close_key("a", world.now, world.effects)
+    waiter = world.ask("b")
+    assert world.take(Close) == []
+    assert [effect.entry for effect in world.effects if isinstance(effect, Connect)] == [entry]
+    world.connect(Thing("new"))
+    assert [thing.name for thing in world.closed()] == ["new"]
+    world.connect()
+    assert waiter.entry is not None
+
+
+@pytest.mark.parametrize("checking", [False, True])
+@pytest.mark.parametrize("outcome", ["connected", "failed"])
+def test_shutdown_counts_a_connect_until_it_has_ended(checking, outcome):
+    """Whatever comes of it is closed; only then the pool is empty."""
+    world = World(check_after=30.0)
+    if checking:
+        world.rest()
+        world.now += 30
+    world.ask()
+    world.life.shutdown(world.effects)
+    assert world.take(Close) == []
+    assert world.life.total == 1
+    if outcome == "connected":
+        world.connect()
+    else:
+        world.fail()
+    assert len(world.closed()) == (checking or outcome == "connected")
+    assert world.life.total == 0
