@@ -226,7 +226,7 @@ class Lifecycle:
             if entry.state == "retired":
                 self._close(entry, effects)
             elif not entry.pooled or now >= entry.expires or not entry.backend.usable or self.shut:
-                self.counters.retired += 1
+                self.counters.retired += entry.pooled
                 self._close(entry, effects)
         self._fill_room(now, effects)
 

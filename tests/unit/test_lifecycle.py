@@ -978,3 +978,11 @@ def test_shutdown_counts_a_connect_until_it_has_ended(checking, outcome):
         world.fail()
     assert len(world.closed()) == (checking or outcome == "connected")
     assert world.life.total == 0
+
+
+def test_a_keyless_release_is_not_counted_as_retired():
+    """``retired_total`` tells of backends that ended before their time."""
+    world = World()
+    world.release(world.hold(None))
+    assert world.life.counters.retired == 0
+    assert world.life.counters.closed == 1
