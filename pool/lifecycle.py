@@ -94,7 +94,7 @@ class Lifecycle:
             if entry is not None:
                 self._join(entry, waiter, now, effects)
                 return
-            self._raise_remembered_failure(waiter, now)
+            self._raise_remembered_failure(waiter, now, effects)
         self.room.append(waiter)
         self._fill_room(now, effects)
 
@@ -122,9 +122,10 @@ class Lifecycle:
         else:
             self._serve(entry, now, effects)
 
-    def _raise_remembered_failure(self, waiter: Waiter, now: float) -> None:
+    def _raise_remembered_failure(self, waiter: Waiter, now: float, effects: Effects) -> None:
         failure = self.failed.get(waiter.identity)
         if failure is not None and now < failure.retry_at and failure.config == waiter.config:
+            self._fill_room(now, effects)  # a retired entry may have sent its waiters there
             raise _copy(failure.error, failure.retry_at - now)
 
     def _make_room(self, waiter: Waiter, now: float, effects: Effects) -> bool:
@@ -316,6 +317,11 @@ class Lifecycle:
         if self.config.max_lifetime is None:
             return float("inf")
         return now + self.config.max_lifetime * (1 - self.config.lifetime_jitter * self.jitter())
+
+    def configure(self, config: PoolConfig, now: float, effects: Effects) -> None:
+        """Change the settings; a higher cap lets in who waits for room."""
+        self.config = config
+        self._fill_room(now, effects)
 
     # -- leaving the pool
 

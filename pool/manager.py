@@ -370,8 +370,8 @@ class BackendPoolManager(Generic[B]):
 
     def configure(self, **changes: Any) -> None:
         """Change settings (fields of `PoolConfig`) of a living pool. Raises `ConfigError`."""
-        with self._deciding() as (_, _effects):
-            self._life.config = self._life.config.changed(**changes)
+        with self._deciding() as (now, effects):
+            self._life.configure(self._life.config.changed(**changes), now, effects)
 
     # -- closing
 

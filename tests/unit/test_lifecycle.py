@@ -986,3 +986,30 @@ def test_a_keyless_release_is_not_counted_as_retired():
     world.release(world.hold(None))
     assert world.life.counters.retired == 0
     assert world.life.counters.closed == 1
+
+
+def test_a_raised_cap_lets_in_who_waits_for_room():
+    """At once, as many as there are new places."""
+    world = World(max_backends=1)
+    world.hold("a")
+    waiters = [world.ask(key) for key in "bcd"]
+    world.life.configure(PoolConfig(max_backends=3), world.now, world.effects)
+    world.connect()
+    assert [waiter.entry is not None for waiter in waiters] == [True, True, False]
+
+
+def test_the_waiters_of_a_lost_backend_move_on_although_its_finder_fails():
+    """Who finds the loss may hear of a remembered failure; those who waited for a turn are not forgotten."""
+    world = World(max_backends=9)
+    world.ask(config={"n": 1})
+    (first,) = world.take(Connect)
+    world.ask(config={"n": 2})
+    world.connect()
+    entry = world.hold(config={"n": 1}, thing=Thing(max_users=1))
+    waiting = world.ask(config={"n": 1})
+    world.life.connect_failed(first.entry, BackendUnavailable("x", "refused", 0.0), world.now, world.effects)
+    entry.backend.usable = False
+    with pytest.raises(BackendUnavailable):
+        world.ask(config={"n": 1})
+    world.connect()
+    assert waiting.entry not in (None, entry)
