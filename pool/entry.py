@@ -60,6 +60,7 @@ class Entry:
         "max_users",
         "override",
         "pooled",
+        "preparing",
         "serial",
         "state",
         "users",
@@ -81,6 +82,7 @@ class Entry:
         self.pooled = pooled  # False: keyless, closed at release
         self.serial = next(_serials)
         self.state: State = "connecting"
+        self.preparing = False  # a `Connect` is under way: the driver has the backend in hand
         self.backend: Any = None
         self.users = 0
         self.max_users: int | None = None

@@ -64,7 +64,7 @@ class Lifecycle:
     def acquire_warm(self, identity: Identity, override: dict[str, Any] | None, now: float) -> Entry | None:
         """Take a usable entry at once, or return None: `acquire` then finds out why. The hot path."""
         entry = self.entries.get(identity)
-        if entry is None or entry.override != override or now >= entry.expires:
+        if entry is None or entry.override != override or now >= entry.expires or self.shut:
             return None
         if entry.state == "idle":
             if now - entry.idle_since >= self.config.check_after or not entry.backend.usable:
@@ -94,7 +94,7 @@ class Lifecycle:
             if entry is not None:
                 self._join(entry, waiter, now, effects)
                 return
-            self._raise_remembered_failure(waiter, now)
+            self._raise_remembered_failure(waiter, now, effects)
         self.room.append(waiter)
         self._fill_room(now, effects)
 
@@ -117,13 +117,15 @@ class Lifecycle:
         if entry.state == "idle" and now - entry.idle_since >= self.config.check_after:
             del self.idle[entry]
             entry.apply("check")
+            entry.preparing = True
             effects.append(Connect(entry))
         else:
             self._serve(entry, now, effects)
 
-    def _raise_remembered_failure(self, waiter: Waiter, now: float) -> None:
+    def _raise_remembered_failure(self, waiter: Waiter, now: float, effects: Effects) -> None:
         failure = self.failed.get(waiter.identity)
         if failure is not None and now < failure.retry_at and failure.config == waiter.config:
+            self._fill_room(now, effects)  # a retired entry may have sent its waiters there
             raise _copy(failure.error, failure.retry_at - now)
 
     def _make_room(self, waiter: Waiter, now: float, effects: Effects) -> bool:
@@ -137,13 +139,23 @@ class Lifecycle:
             self.counters.evicted_lru += 1
             self._forget(victim)
         entry = Entry(waiter.identity, waiter.config, waiter.override, now, pooled=waiter.pooled)
+        entry.preparing = True
         entry.waiters.append(waiter)
         if waiter.pooled:
             self.entries[waiter.identity] = entry
+            self._gather(entry)
         else:
             self.outside.add(entry)
         effects.append(Connect(entry, first_close))
         return True
+
+    def _gather(self, entry: Entry) -> None:
+        """Who waits for room for this very backend needs none of its own any more."""
+        staying: deque[Waiter] = deque()
+        for waiter in self.room:
+            same = waiter.pooled and waiter.identity == entry.identity and waiter.config == entry.config
+            (entry.waiters if same else staying).append(waiter)
+        self.room = staying
 
     def give_up(self, waiter: Waiter, phase_timeout: float | None, now: float, effects: Effects) -> Entry | None:
         """Stop waiting. Returns the entry if it was granted in the meantime, else raises.
@@ -181,7 +193,7 @@ class Lifecycle:
         for entry in (self.entries.get(waiter.identity), *self.outside):
             if entry is not None and waiter in entry.waiters:
                 entry.waiters.remove(waiter)
-                return "connect" if entry.backend is None or entry.state == "connecting" else "turn"
+                return "connect" if entry.preparing else "turn"
         return "turn"
 
     # -- release and service
@@ -215,12 +227,12 @@ class Lifecycle:
             if entry.state == "retired":
                 self._close(entry, effects)
             elif not entry.pooled or now >= entry.expires or not entry.backend.usable or self.shut:
-                self.counters.retired += 1
+                self.counters.retired += entry.pooled
                 self._close(entry, effects)
         self._fill_room(now, effects)
 
     def _serve(self, entry: Entry, now: float, effects: Effects) -> None:
-        if entry.state == "connecting" or entry.backend is None:
+        if entry.preparing:
             return
         while entry.waiters and (entry.max_users is None or entry.users < entry.max_users):
             waiter = entry.waiters.popleft()
@@ -248,10 +260,9 @@ class Lifecycle:
 
     def connected(self, entry: Entry, backend: Any, now: float, effects: Effects) -> None:
         """The entry's backend is ready: new, or checked and found alive."""
+        entry.preparing = False
         if entry.state == "closed":  # the pool was closed meanwhile
-            if backend is not entry.backend:
-                self.closing += 1
-                effects.append(Close(entry, backend))
+            effects.append(Close(entry, backend))
             return
         if backend is not entry.backend:
             for waiter in entry.waiters:
@@ -270,7 +281,12 @@ class Lifecycle:
 
     def connect_failed(self, entry: Entry, error: PoolError, now: float, effects: Effects) -> None:
         """Share the failure with all who wait for this entry, and remember it for a growing, jittered time."""
+        entry.preparing = False
         if entry.state == "closed":
+            if entry.backend is not None:  # its check was broken off
+                effects.append(Close(entry, entry.backend))
+            else:
+                self.gone(now, effects)
             return
         entry.apply("failed")
         self.outside.discard(entry)
@@ -302,6 +318,11 @@ class Lifecycle:
             return float("inf")
         return now + self.config.max_lifetime * (1 - self.config.lifetime_jitter * self.jitter())
 
+    def configure(self, config: PoolConfig, now: float, effects: Effects) -> None:
+        """Change the settings; a higher cap lets in who waits for room."""
+        self.config = config
+        self._fill_room(now, effects)
+
     # -- leaving the pool
 
     def _retire(self, entry: Entry, effects: Effects) -> None:
@@ -314,8 +335,6 @@ class Lifecycle:
         if self.entries.get(entry.identity) is entry:
             del self.entries[entry.identity]
         self.outside.add(entry)
-        if entry.backend is not None and not entry.users and not entry.waiters:
-            self._close(entry, effects)
 
     def _forget(self, entry: Entry) -> None:
         """Take the entry out of every map; its backend is the caller's business now."""
@@ -328,8 +347,8 @@ class Lifecycle:
 
     def _close(self, entry: Entry, effects: Effects) -> None:
         self._forget(entry)
-        if entry.backend is not None:
-            self.closing += 1
+        self.closing += 1
+        if not entry.preparing:  # else `connected` or `connect_failed` will close what has come of it
             effects.append(Close(entry, entry.backend))
 
     def gone(self, now: float, effects: Effects) -> None:
@@ -391,6 +410,7 @@ class Lifecycle:
             self._retire(before, effects)
         entry = Entry(identity, config, None, now, pooled=True)
         self.entries[identity] = entry
+        self._gather(entry)
         self.connected(entry, backend, now, effects)
 
     def shutdown(self, effects: Effects) -> None:
@@ -453,9 +473,16 @@ class Lifecycle:
             assert (entry.state == "idle") <= (entry.users == 0), entry
             assert entry.max_users is None or entry.users <= entry.max_users, entry
             served = entry.max_users is not None and entry.users >= entry.max_users
-            assert not entry.waiters or entry.backend is None or entry.state == "connecting" or served, entry
+            assert not entry.waiters or entry.preparing or served, entry
+            assert entry.preparing or entry.backend is not None, entry
+            assert not entry.preparing or not entry.users, entry
+            assert (entry.state == "connecting") <= entry.preparing, entry
+            assert entry.state != "retired" or entry.users or entry.preparing, entry
         for entry in self.idle:
             assert entry.state == "idle", entry
+        for waiter in self.room:
+            found = self.entries.get(waiter.identity) if waiter.pooled else None
+            assert found is None or found.config != waiter.config, f"{found} needs no room, yet somebody waits for it"
         ages = [entry.idle_since for entry in self.idle]
         assert ages == sorted(ages), "idle map is not ordered by time of release"
         assert self.closing >= 0

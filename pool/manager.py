@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
@@ -227,8 +227,9 @@ class BackendPoolManager(Generic[B]):
         self._preparing.add(task)
         try:
             for victim in first_close:
-                await self._destroy(victim)
-            backend = await self._checked(entry) or await self._connect(entry)
+                await _to_the_end(self._destroy(victim))
+            if entry.state != "closed":  # by a shutdown that came before this began
+                backend = await self._checked(entry) or await self._connect(entry)
         except BaseException as caught:
             error = self._as_pool_error(entry, caught)
             if not isinstance(caught, Exception):
@@ -254,7 +255,7 @@ class BackendPoolManager(Generic[B]):
                 return backend
         except Exception as error:
             logger.info("backend %r of key %r failed its check: %s", entry.identity[1], entry.identity[0], error)
-        await self._destroy(backend)
+        await _to_the_end(self._destroy(backend))
         return None
 
     async def _connect(self, entry: Entry) -> B:
@@ -264,7 +265,7 @@ class BackendPoolManager(Generic[B]):
             async with asyncio.timeout(self._life.config.connect_timeout):
                 await backend.connect()
         except BaseException as error:
-            await asyncio.shield(self._destroy(backend))  # whoever opened it half closes it
+            await _to_the_end(self._destroy(backend))  # whoever opened it half closes it
             if isinstance(error, TimeoutError):
                 seconds = self._life.config.connect_timeout
                 raise BackendUnavailable(f"no connection within {seconds:g} s", "timeout", 0.0) from error
@@ -369,8 +370,8 @@ class BackendPoolManager(Generic[B]):
 
     def configure(self, **changes: Any) -> None:
         """Change settings (fields of `PoolConfig`) of a living pool. Raises `ConfigError`."""
-        with self._deciding() as (_, _effects):
-            self._life.config = self._life.config.changed(**changes)
+        with self._deciding() as (now, effects):
+            self._life.configure(self._life.config.changed(**changes), now, effects)
 
     # -- closing
 
@@ -495,3 +496,13 @@ class BackendPoolManager(Generic[B]):
     def __repr__(self) -> str:
         counts = ", ".join(f"{n} {what}" for what, n in self._life.counts.items())
         return f"<BackendPoolManager {counts}>"
+
+
+async def _to_the_end(cleanup: Coroutine[Any, Any, None]) -> None:
+    """Await a bounded clean-up; a cancellation of the caller waits for it."""
+    task = asyncio.ensure_future(cleanup)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
