@@ -63,6 +63,7 @@ for line in sys.stdin:
             self.process.stdin.write(f"{text}\n".encode())
             answer = await self.process.stdout.readline()
         if not answer:
+            self.mark_lost()  # the next task, or this one's retry, gets a new assistant
             raise BackendUnavailable("the assistant ended while it was asked", "lost", 0.0)
         return f"{self.greeting} {answer.decode().strip()}"
 

@@ -95,6 +95,11 @@ class Backend(ABC):
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener) if listener in self._listeners else None
 
+    def mark_lost(self) -> None:
+        """Say that the connection broke: the pool replaces this backend at the next acquire. For subclasses."""
+        if self.usable:
+            self._set_status(BackendStatus.LOST)
+
     def _set_status(self, status: BackendStatus) -> None:
         if status is self._status or self._status is BackendStatus.CLOSED:
             return

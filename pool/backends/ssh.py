@@ -168,9 +168,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     def _lost(self, error: Exception | None) -> None:
         """Note that the connection is gone; called by asyncssh."""
         self._connection = None
-        if self.usable:
-            self._lost_why = str(error or "the host closed the connection")
-            self._set_status(BackendStatus.LOST)
+        self._lost_why = str(error or "the host closed the connection")
+        self.mark_lost()
 
     async def check(self) -> None:
         """Have the host run an empty command."""

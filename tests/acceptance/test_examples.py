@@ -1,0 +1,136 @@
+"""Each example is run as its text says, and the demo as the README says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pool import embedded
+from tests.support.celery_nodes import CHECKOUT, START_TIMEOUT, WorkerNode, bare_environment
+from tests.support.site import Site
+from tests.support.waiting import wait_until
+
+EXAMPLES = CHECKOUT / "examples"
+DEMO_TIMEOUT = 180.0
+
+
+@pytest.fixture
+def shop_env() -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join([str(EXAMPLES / "existing_app"), str(CHECKOUT)])}
+
+
+@pytest.fixture
+def shop(site: Site, shop_env: dict[str, str]) -> Iterator[WorkerNode]:
+    """A worker of examples/existing_app."""
+    node = site.start("shop", app="shop", options=["-Q", "celery,mail"], env=shop_env)
+    try:
+        node.ready()
+        yield node
+    finally:
+        node.container.teardown()
+
+
+def python(code: str, env: dict[str, str], cwd: Path) -> str:
+    """Run a line of Python as a producer; return what it prints."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**bare_environment(), **env},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_existing_app_keeps_its_tasks_and_gets_a_warm_assistant(
+    site: Site, shop: WorkerNode, shop_env: dict[str, str], tmp_path: Path
+) -> None:
+    """The assistant remembers its chat and no other; the task from before still has its queue."""
+    code = (
+        "import shop\n"
+        "for chat, text in [('chat-7', 'hello'), ('chat-7', 'again'), ('chat-8', 'me too')]:\n"
+        "    print(shop.ask.delay(chat, text).get(timeout=30))\n"
+        "print(shop.send_receipt.delay(5).get(timeout=30))"
+    )
+    assert python(code, {**site.env, **shop_env}, tmp_path).splitlines() == [
+        "you said 1: ['hello']",
+        "you said 2: ['hello', 'again']",
+        "you said 1: ['me too']",
+        "receipt for order 5 sent",
+    ]
+
+
+def test_an_assistant_that_died_is_started_anew(
+    site: Site, shop: WorkerNode, shop_env: dict[str, str], tmp_path: Path
+) -> None:
+    """Its process is killed; the task that finds out is retried with a new one."""
+    ask = "import shop; print(shop.ask.delay('chat-9', {!r}).get(timeout=60))"
+    env = {**site.env, **shop_env}
+    assert python(ask.format("one"), env, tmp_path) == "you said 1: ['one']\n"
+    for child in psutil.Process(shop.pid).children():
+        child.kill()
+    assert python(ask.format("two"), env, tmp_path) == "you said 1: ['two']\n"
+
+
+def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pool.demo", "--folder", str(folder), *options],
+        env=bare_environment(),
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
+    """Exit code 0 and one JSON object: every build done, at home, on one connection for each user."""
+    with start_demo(tmp_path / "demo", "--json", "--users", "5", "--tasks", "60") as demo:
+        told, progress = demo.communicate(timeout=DEMO_TIMEOUT)
+    assert demo.returncode == 0, progress
+    report = json.loads(told)
+    assert report.pop("cold_ms_p50") > 0
+    assert report.pop("warm_ms_p50") > 0
+    assert report == {
+        "tasks": 60,
+        "users": 5,
+        "failed": 0,
+        "connects": 5,
+        "affinity": 1.0,
+        "warm_hit_rate": round(55 / 60, 4),
+        "evicted": 2,
+        "closed": 3,
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_demo_leaves_no_process_behind(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C while nodes work; and kill -9, after which only Valkey is left, to be found again."""
+    folder = tmp_path / "demo"
+    with start_demo(folder, "--users", "20", "--tasks", "3000") as demo:
+        try:
+            log = folder / "worker-node-a.log"
+            wait_until(lambda: log.exists() and "succeeded in" in log.read_text(), "builds run", DEMO_TIMEOUT)
+            below = psutil.Process(demo.pid).children(recursive=True)
+            assert len(below) >= 4  # the SSH server, two nodes, beat
+            demo.send_signal(number)
+            _, errors = demo.communicate(timeout=60)
+            if number == signal.SIGINT:
+                assert demo.returncode == 130
+                assert "Traceback" not in errors
+            _, alive = psutil.wait_procs(below, timeout=30)
+            assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+            assert embedded.stop(folder / "valkey") == (number == signal.SIGKILL)
+        finally:
+            demo.kill()
+            embedded.stop(folder / "valkey")
