@@ -115,7 +115,7 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_demo_leaves_no_process_behind(number: signal.Signals, tmp_path: Path) -> None:
-    """Ctrl-C while nodes work; and kill -9, after which only Valkey is left, to be found again."""
+    """Ctrl-C while nodes work: not even Valkey. After kill -9 Valkey may be left, to be found again."""
     folder = tmp_path / "demo"
     with start_demo(folder, "--users", "20", "--tasks", "3000") as demo:
         try:
@@ -130,7 +130,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(number: signal.Signals, tm
                 assert "Traceback" not in errors
             _, alive = psutil.wait_procs(below, timeout=30)
             assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
-            assert embedded.stop(folder / "valkey") == (number == signal.SIGKILL)
+            assert not embedded.stop(folder / "valkey") or number == signal.SIGKILL
         finally:
             demo.kill()
             embedded.stop(folder / "valkey")
