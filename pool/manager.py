@@ -96,6 +96,7 @@ class BackendPoolManager(Generic[B]):
                 entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
             if entry is not None:
                 return Borrowed(self, entry, True)
+        loop_thread().refuse_here()
         done = threading.Event()
         waiter = self._ask(key, agent, override, done.set)
         timeout = self._life.config.acquire_timeout
@@ -468,6 +469,7 @@ class BackendPoolManager(Generic[B]):
         """
         if self._fork != fork_count():
             raise self._forked()
+        loop_thread().refuse_here()
         self.stop_reaper()
         effects: Effects = []
         with self._lock:

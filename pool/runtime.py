@@ -73,10 +73,17 @@ class LoopThread:
         coroutine and waits for its clean-up before it goes on. Raises `PoolError` on the loop's own thread, where
         waiting would be a deadlock.
         """
-        if threading.current_thread() is self.thread:
+        try:
+            self.refuse_here()
+        except PoolError:
             coroutine.close()
-            raise PoolError("a blocking call on the event loop's thread would wait for itself: await the a... method")
+            raise
         return self.spawn(coroutine).wait()
+
+    def refuse_here(self) -> None:
+        """Raise `PoolError` on the loop's own thread: what is about to wait for the loop would wait for ever."""
+        if threading.current_thread() is self.thread:
+            raise PoolError("a blocking call on the event loop's thread would wait for itself: await the a... method")
 
     async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Await the coroutine, on this loop, from any event loop."""

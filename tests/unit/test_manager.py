@@ -190,6 +190,18 @@ def test_the_pools_own_loop_can_acquire_too(farm, pools):
     assert loop_thread().run(use()) == "worked"
 
 
+def test_a_blocking_acquire_on_the_pools_loop_is_refused(farm, pools):
+    """It would wait for itself; the error says what to call instead."""
+    pool = pools(acquire_timeout=1.0)
+
+    async def use() -> None:
+        pool.acquire_backend("a")
+
+    with pytest.raises(PoolError, match="await the a"):
+        loop_thread().run(use())
+    assert farm.made == []
+
+
 # -- cancellation and time
 
 
