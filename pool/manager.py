@@ -125,7 +125,8 @@ class BackendPoolManager(Generic[B]):
         timeout = self._life.config.acquire_timeout
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(done.wait(), timeout)
+                async with asyncio.timeout(timeout):  # wait_for of Python 3.11 can swallow a cancellation
+                    await done.wait()
         except BaseException:
             self._abandon(waiter)
             raise

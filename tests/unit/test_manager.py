@@ -236,6 +236,30 @@ def test_a_cancelled_task_leaks_nothing_in_any_phase(phase, pools):
     assert farm.leaked == []
 
 
+@pytest.mark.parametrize("steps", range(7))
+def test_a_cancellation_at_the_moment_of_the_grant_is_not_swallowed(steps, farm, pools):
+    """A task that could be cancelled is cancelled, and what it was granted goes back."""
+    pool = pools()
+
+    async def race() -> None:
+        farm.connects.shut()
+        task = asyncio.ensure_future(pool.aacquire_backend("a"))
+        await asyncio.sleep(0)
+        farm.connects.open()
+        while not pool.get_stats().active_backends:  # spins, so that the grant's wake-up is still to come
+            pass
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if task.cancel():
+            await asyncio.wait({task})
+            assert task.cancelled()
+        else:
+            task.result().release()
+
+    asyncio.run(race())
+    wait_until(lambda: pool.get_stats().active_backends == 0, "nobody uses a backend")
+
+
 class Interrupted(BaseException):
     """As KeyboardInterrupt, but pytest does not know it."""
 
