@@ -101,7 +101,7 @@ class BackendPoolManager(Generic[B]):
         waiter = self._ask(key, agent, override, done.set)
         timeout = self._life.config.acquire_timeout
         try:
-            done.wait(timeout)
+            done.wait(min(timeout, threading.TIMEOUT_MAX))
         except BaseException:
             self._abandon(waiter)
             raise
@@ -478,7 +478,9 @@ class BackendPoolManager(Generic[B]):
         self._carry_out(effects)
         deadline = monotonic() + grace
         with self._lock:
-            self._quiet.wait_for(lambda: not self._in_use(), max(0.0, deadline - monotonic()))
+            self._quiet.wait_for(
+                lambda: not self._in_use(), min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
+            )
             effects = []
             rest = self._life.close_rest(effects)
         if busy := [entry for entry in rest if entry.users]:

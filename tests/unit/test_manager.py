@@ -343,6 +343,15 @@ def test_an_acquire_ends_after_its_timeout_and_names_the_phase(phase, asynchrono
         holder.release()
 
 
+@pytest.mark.parametrize("timeout", [float("inf"), 1e12])
+def test_an_endless_acquire_timeout_waits(timeout, farm, pools):
+    """More seconds than the platform can count mean: as long as it takes."""
+    pool = pools(acquire_timeout=timeout)
+    with pool.backend("a") as backend:
+        assert backend.work() == "worked"
+    pool.destroy_all(grace=timeout)
+
+
 def test_a_connect_that_hangs_ends_in_a_timeout_and_is_closed(farm, pools):
     """The half-made backend is destroyed by who made it; the error has a reason."""
     farm.connects.shut()
