@@ -19,7 +19,7 @@ from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter
 from pool.errors import BackendUnavailable, ConfigError, PoolError
 from pool.keys import check_key
 from pool.lifecycle import Lifecycle
-from pool.runtime import fork_count, loop_thread
+from pool.runtime import fork_count, loop_thread, was_cancelled
 from pool.stats import PoolStats
 
 R = TypeVar("R")
@@ -292,16 +292,22 @@ class BackendPoolManager(Generic[B]):
 
     async def _close(self, entry: Entry, backend: B) -> None:
         self._ticking.discard(entry)
-        await self._destroy(backend)
-        with self._deciding() as (now, effects):
-            self._life.gone(now, effects)
-            self._quiet.notify_all()
+        try:
+            await self._destroy(backend)
+        finally:
+            with self._deciding() as (now, effects):
+                self._life.gone(now, effects)
+                self._quiet.notify_all()
 
     async def _destroy(self, backend: B) -> None:
         """Close one backend, bounded; log what goes wrong, for nobody is there to catch it."""
         try:
             async with asyncio.timeout(self._life.config.close_timeout):
                 await backend.adestroy()
+        except asyncio.CancelledError:
+            if was_cancelled():
+                raise
+            logger.exception("closing %r failed", backend)
         except Exception:
             logger.exception("closing %r failed", backend)
 

@@ -35,6 +35,12 @@ def _after_fork_in_child() -> None:
     _start_lock = threading.Lock()  # the parent's may have been held
 
 
+def was_cancelled() -> bool:
+    """Say whether a CancelledError just caught was meant for this task, and not let out by what it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class LoopThread:
     """An event loop in a thread of its own."""
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, TypeVar
 
 from pool.errors import BackendClosed
-from pool.runtime import loop_thread
+from pool.runtime import loop_thread, was_cancelled
 
 T = TypeVar("T")
 
@@ -215,5 +215,9 @@ async def _close_resource(resource: Any) -> None:
                 result = await asyncio.to_thread(close)
                 if inspect.isawaitable(result):
                     await result
+    except asyncio.CancelledError:
+        if was_cancelled():
+            raise
+        logger.exception("closing %r, which a backend tracked, failed", resource)
     except Exception:
         logger.exception("closing %r, which a backend tracked, failed", resource)

@@ -462,6 +462,23 @@ def test_a_close_that_fails_is_logged_and_frees_the_place(farm, pools, caplog):
     farm.made[0].closed = True
 
 
+def test_a_close_that_lets_a_cancellation_out_frees_the_place(farm, pools, caplog):
+    """``task.cancel(); await task`` in a close raises CancelledError: nobody cancelled the pool."""
+    pool = pools(max_backends=1)
+    farm.close_error = asyncio.CancelledError()
+    with pool.backend(None):
+        pass
+    wait_until(lambda: pool.get_stats().total_backends == 0, "its place is free")
+    farm.made[0].closed = True
+    with pool.backend("a"):
+        pass
+    with pool.backend("b"):  # a is its victim, closed in the same connect
+        pass
+    farm.made[1].closed = True
+    assert caplog.text.count("failed") == 2
+    farm.close_error = None
+
+
 def test_a_close_that_hangs_is_given_up_after_its_timeout(farm, pools, caplog):
     """``close_timeout`` bounds it, and the place is free."""
     pool = pools(max_backends=1, settings=PoolConfig(close_timeout=0.05))
@@ -1004,6 +1021,28 @@ class Resource:
 class AsyncResource(Resource):
     async def aclose(self) -> None:
         self.log.append(self.name)
+
+
+def test_tracked_resources_are_closed_with_the_backend_last_first(farm, pools):
+    """Plain and async ones; one that raises does not keep the others open."""
+    pool = pools()
+    log: list[str] = []
+    with pool.backend("a") as backend:
+        backend.track_closeable(Resource(log, "first"))
+        backend.track_closeable(AsyncResource(log, "second"))
+        broken = backend.track_closeable(Resource(log, "third"))
+        broken.close = lambda: 1 / 0
+        cancelled = backend.track_closeable(AsyncResource(log, "fourth"))
+
+        async def aclose() -> None:
+            raise asyncio.CancelledError
+
+        cancelled.aclose = aclose
+        with pytest.raises(TypeError, match="neither"):
+            backend.track_closeable(object())
+    pool.dispose()
+    assert log == ["second", "first"]
+    assert backend.closed
 
 
 MCP_SERVER = """
