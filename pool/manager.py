@@ -416,10 +416,9 @@ class BackendPoolManager(Generic[B]):
         """Carry out; return when everything that had to be closed is gone."""
         closes = [effect for effect in effects if isinstance(effect, Close)]
         self._carry_out([effect for effect in effects if not isinstance(effect, Close)])
-        await loop_thread().arun(self._close_all(closes))
-
-    async def _close_all(self, closes: list[Close]) -> None:
-        await asyncio.gather(*(self._close(close.entry, close.backend) for close in closes))
+        calls = [loop_thread().spawn(self._close(close.entry, close.backend)) for close in closes]
+        # Shielded: a caller that is cancelled stops waiting; what has left the pool is closed all the same.
+        await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(call.future)) for call in calls))
 
     def close_key(self, primary: str) -> dict[str, list[str]]:
         """End all backends of a key: idle ones now, busy ones when their users are done.

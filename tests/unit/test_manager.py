@@ -502,6 +502,27 @@ def test_a_victim_is_gone_before_the_next_backend_opens(farm, pools):
     assert pool.get_stats().evicted_lru == 3
 
 
+def test_a_cancelled_close_key_still_closes(farm, pools):
+    """Only the waiting is cancelled: the backend goes, and its place is free."""
+    pool = pools(max_backends=1)
+    with pool.backend("a") as backend:
+        pass
+    farm.closes.shut()
+
+    async def cancel() -> None:
+        task = asyncio.ensure_future(pool.aclose_key("a"))
+        while not backend.close_calls:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=5)
+        assert done
+
+    asyncio.run(cancel())
+    farm.closes.open()
+    wait_until(lambda: backend.closed, "it is closed")
+    wait_until(lambda: pool.get_stats().total_backends == 0, "its place is free")
+
+
 # -- config
 
 
@@ -829,6 +850,20 @@ def reapers() -> int:
         return sum("_reap" in repr(task.get_coro()) for task in asyncio.all_tasks())
 
     return loop_thread().run(count())
+
+
+def test_a_reaper_that_is_stopped_in_the_middle_of_a_close_lets_it_finish(farm, pools):
+    """No place is lost."""
+    pool = pools(idle_timeout=0.01, cleanup_interval=0.01)
+    with pool.backend("a") as backend:
+        pass
+    farm.closes.shut()
+    pool.start_reaper()
+    wait_until(lambda: backend.close_calls, "the reaper is closing it")
+    pool.stop_reaper()
+    farm.closes.open()
+    wait_until(lambda: backend.closed, "it is closed")
+    wait_until(lambda: pool.get_stats().total_backends == 0, "its place is free")
 
 
 # -- the end
