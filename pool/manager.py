@@ -91,7 +91,7 @@ class BackendPoolManager(Generic[B]):
         if self._fork != fork_count():
             raise self._forked()
         override = dict(config) if config else None
-        if key is not None:
+        if isinstance(key, str):
             with self._lock:
                 entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
             if entry is not None:
@@ -114,7 +114,7 @@ class BackendPoolManager(Generic[B]):
         if self._fork != fork_count():
             raise self._forked()
         override = dict(config) if config else None
-        if key is not None:
+        if isinstance(key, str):
             with self._lock:
                 entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
             if entry is not None:

@@ -658,6 +658,19 @@ def test_a_keyless_backend_is_fresh_and_closed_at_release(farm, pools):
     assert pool.get_stats().total_backends == 0
 
 
+@pytest.mark.parametrize("key", ["", 5, b"a", "a\nb", "x" * 257, "\x00shared2", ["a"], {}, True])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_unusable_key_is_refused(key, asynchronous, farm, pools):
+    """Whatever it is, the answer is InvalidKey."""
+    pool = pools()
+    with pytest.raises(InvalidKey):
+        if asynchronous:
+            asyncio.run(pool.aacquire_backend(key))
+        else:
+            pool.acquire_backend(key)
+    assert farm.made == []
+
+
 def test_a_shared_backend_survives_the_close_of_a_key(farm, pools):
     """It lives under a primary that no key can be."""
     pool = pools()
