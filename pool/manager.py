@@ -75,7 +75,7 @@ class BackendPoolManager(Generic[B]):
         self._periodic_cleanup = enable_periodic_cleanup
         self._reaper: Any = None
         self._preparing: set[asyncio.Task[None]] = set()
-        self._ticking: set[Entry] = set()
+        self._ticking: set[B] = set()  # backends that look after themselves
         self._quiet = threading.Condition(self._lock)  # notified when a pool that shuts down loses an entry
 
     # -- borrowing
@@ -213,7 +213,7 @@ class BackendPoolManager(Generic[B]):
             if isinstance(effect, Connect):
                 loop_thread().spawn(self._prepare(effect.entry, effect.first_close))
             elif isinstance(effect, Close):
-                loop_thread().spawn(self._close(effect.entry, effect.backend))
+                loop_thread().spawn(self._close(effect.backend))
             else:
                 try:
                     effect.waiter.wake()
@@ -278,9 +278,12 @@ class BackendPoolManager(Generic[B]):
             entry.identity[0],
             1e3 * (monotonic() - started),
         )
-        if type(backend).tick_health is not Backend.tick_health:
-            self._ticking.add(entry)
+        self._watch(backend)
         return backend
+
+    def _watch(self, backend: B) -> None:
+        if type(backend).tick_health is not Backend.tick_health:
+            self._ticking.add(backend)
 
     def _as_pool_error(self, entry: Entry, caught: BaseException) -> PoolError:
         if isinstance(caught, PoolError):
@@ -290,8 +293,7 @@ class BackendPoolManager(Generic[B]):
         error.__cause__ = caught
         return error
 
-    async def _close(self, entry: Entry, backend: B) -> None:
-        self._ticking.discard(entry)
+    async def _close(self, backend: B) -> None:
         try:
             await self._destroy(backend)
         finally:
@@ -301,6 +303,7 @@ class BackendPoolManager(Generic[B]):
 
     async def _destroy(self, backend: B) -> None:
         """Close one backend, bounded; log what goes wrong, for nobody is there to catch it."""
+        self._ticking.discard(backend)
         try:
             async with asyncio.timeout(self._life.config.close_timeout):
                 await backend.adestroy()
@@ -369,6 +372,7 @@ class BackendPoolManager(Generic[B]):
         identity = (primary if primary == SHARED else check_key(primary), agent)
         with self._deciding() as (now, effects):
             self._life.register(identity, self._effective(identity, None), backend, now, effects)
+            self._watch(backend)
 
     def health(self) -> dict[str, int]:
         """``{"size": live backends, "busy": those in use}``."""
@@ -410,13 +414,13 @@ class BackendPoolManager(Generic[B]):
             except Exception:
                 logger.exception("health check of %r failed", backend)
 
-        await asyncio.gather(*(tick(entry.backend) for entry in list(self._ticking) if entry.backend is not None))
+        await asyncio.gather(*(tick(backend) for backend in list(self._ticking)))
 
     async def _carry_out_and_wait(self, effects: Effects) -> None:
         """Carry out; return when everything that had to be closed is gone."""
         closes = [effect for effect in effects if isinstance(effect, Close)]
         self._carry_out([effect for effect in effects if not isinstance(effect, Close)])
-        calls = [loop_thread().spawn(self._close(close.entry, close.backend)) for close in closes]
+        calls = [loop_thread().spawn(self._close(close.backend)) for close in closes]
         # Shielded: a caller that is cancelled stops waiting; what has left the pool is closed all the same.
         await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(call.future)) for call in calls))
 

@@ -817,6 +817,25 @@ def test_close_key_closes_what_is_idle_and_retires_what_is_busy(farm, pools):
     assert pool.close_key("a") == {"closed": [], "retired": []}
 
 
+def test_every_sweep_lets_backends_look_after_themselves(pools):
+    """Those that want to, adopted ones too, until they are closed: by a release, by the cap, by anything."""
+    farm = TickingFarm()
+    pool = pools(farm, max_backends=2)
+    for key in "abc":  # c's place was a's
+        with pool.backend(key):
+            pass
+    pool.sweep()
+    assert farm.ticks == 2
+    adopted = farm()
+    loop_thread().run(adopted.connect())
+    pool.register("b", DEFAULT_AGENT, adopted)
+    wait_until(lambda: farm.made[1].closed, "the former b is closed")
+    pool.sweep()
+    assert farm.ticks == 4
+    pool.dispose()
+    assert not pool._ticking
+
+
 def test_a_failing_health_check_stops_no_sweep(pools, caplog, monkeypatch):
     """It is logged; the eviction goes on."""
     farm = TickingFarm()
