@@ -164,7 +164,7 @@ class BackendPoolManager(Generic[B]):
         waiter = Waiter(identity, self._effective(identity, override), override, wake, pooled=key is not None)
         with self._deciding() as (now, effects):
             self._life.acquire(waiter, now, effects)
-        if self._periodic_cleanup:
+        if self._periodic_cleanup and self._reaper is None:
             self.start_reaper()
         return waiter
 
@@ -451,14 +451,17 @@ class BackendPoolManager(Generic[B]):
 
     def start_reaper(self) -> None:
         """Sweep every ``cleanup_interval`` seconds. Called by the first acquire unless periodic cleanup is off."""
-        if self._reaper is None and not self._life.shut:
-            self._reaper = loop_thread().spawn(self._reap())
+        with self._lock:
+            if self._reaper is None and not self._life.shut:
+                self._reaper = loop_thread().spawn(self._reap())
 
     def stop_reaper(self) -> None:
-        """Stop sweeping."""
-        if self._reaper is not None:
-            self._reaper.cancel()
-            self._reaper = None
+        """Stop sweeping, until `start_reaper` is called."""
+        self._periodic_cleanup = False
+        with self._lock:
+            reaper, self._reaper = self._reaper, None
+        if reaper is not None:
+            reaper.cancel()
 
     async def _reap(self) -> None:
         while True:
@@ -480,11 +483,11 @@ class BackendPoolManager(Generic[B]):
         if self._fork != fork_count():
             raise self._forked()
         loop_thread().refuse_here()
-        self.stop_reaper()
         effects: Effects = []
         with self._lock:
             self._life.shutdown(effects)
         self._carry_out(effects)
+        self.stop_reaper()
         deadline = monotonic() + grace
         with self._lock:
             self._quiet.wait_for(

@@ -884,6 +884,37 @@ def reapers() -> int:
     return loop_thread().run(count())
 
 
+def test_many_first_acquires_start_one_reaper(farm, pools):
+    """And closing the pool ends it."""
+    before = reapers()
+    pool = pools(enable_periodic_cleanup=True)
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        Crowd(50, lambda n: pool.acquire_backend(f"k{n}").release()).join()
+    finally:
+        sys.setswitchinterval(switch)
+    assert reapers() == before + 1
+    pool.dispose()
+    wait_until(lambda: reapers() == before, "the reaper has ended")
+    pool.start_reaper()
+    assert reapers() == before
+
+
+def test_a_stopped_reaper_stays_stopped(farm, pools):
+    """Until somebody starts it; acquires do not."""
+    before = reapers()
+    pool = pools(enable_periodic_cleanup=True)
+    pool.acquire_backend("a").release()
+    pool.stop_reaper()
+    wait_until(lambda: reapers() == before, "the reaper has ended")
+    pool.acquire_backend("b").release()
+    assert reapers() == before
+    pool.start_reaper()
+    pool.start_reaper()
+    assert reapers() == before + 1
+
+
 def test_a_reaper_that_is_stopped_in_the_middle_of_a_close_lets_it_finish(farm, pools):
     """No place is lost."""
     pool = pools(idle_timeout=0.01, cleanup_interval=0.01)
