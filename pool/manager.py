@@ -88,8 +88,7 @@ class BackendPoolManager(Generic[B]):
         Waits at most ``acquire_timeout``. Raises `PoolExhausted`, `AcquireTimeout`, `BackendUnavailable` (with
         ``retry_after``), `BackendClosed` (the pool is closed), `InvalidKey`, `ConfigError`.
         """
-        if self._fork != fork_count():
-            raise self._forked()
+        self._refuse_fork()
         override = dict(config) if config else None
         if isinstance(key, str):
             with self._lock:
@@ -111,8 +110,7 @@ class BackendPoolManager(Generic[B]):
         self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
     ) -> Borrowed[B]:
         """`acquire_backend` for any event loop."""
-        if self._fork != fork_count():
-            raise self._forked()
+        self._refuse_fork()
         override = dict(config) if config else None
         if isinstance(key, str):
             with self._lock:
@@ -186,6 +184,8 @@ class BackendPoolManager(Generic[B]):
             self._life.give_up(waiter, None, now, effects)
 
     def _release(self, entry: Entry) -> None:
+        if self._fork != fork_count():
+            return  # the parent, which is still using it, will give it back
         effects: Effects = []
         with self._lock:
             self._life.release(entry, monotonic(), effects)
@@ -199,8 +199,7 @@ class BackendPoolManager(Generic[B]):
     @contextlib.contextmanager
     def _deciding(self) -> Any:
         """Hold the lock for a decision, then do what it asks for."""
-        if self._fork != fork_count():
-            raise self._forked()
+        self._refuse_fork()
         effects: Effects = []
         try:
             with self._lock:
@@ -314,13 +313,15 @@ class BackendPoolManager(Generic[B]):
         except Exception:
             logger.exception("closing %r failed", backend)
 
-    def _forked(self) -> PoolError:
-        return PoolError("this pool belongs to the parent process: make a pool of its own in each forked child")
+    def _refuse_fork(self) -> None:
+        if self._fork != fork_count():
+            raise PoolError("this pool belongs to the parent process: make a pool of its own in each forked child")
 
     # -- looking after the pool
 
     def get_stats(self) -> PoolStats:
         """Return a consistent snapshot; waits for no backend."""
+        self._refuse_fork()
         with self._lock:
             life, now, totals = self._life, monotonic(), self._life.counters
             live = life.live
@@ -358,6 +359,7 @@ class BackendPoolManager(Generic[B]):
         self._look(primary, agent, touch=True)
 
     def _look(self, primary: str, agent: str, *, touch: bool) -> B | None:
+        self._refuse_fork()
         with self._lock:
             entry = self._life.entries.get((primary, agent))
             if entry is None:
@@ -376,6 +378,7 @@ class BackendPoolManager(Generic[B]):
 
     def health(self) -> dict[str, int]:
         """``{"size": live backends, "busy": those in use}``."""
+        self._refuse_fork()
         with self._lock:
             counts = self._life.counts
         return {"size": counts["total"], "busy": counts["busy"]}
@@ -392,10 +395,12 @@ class BackendPoolManager(Generic[B]):
 
         *now*: seconds on the monotonic clock, for tests. Costs what it evicts, however many backends are idle.
         """
+        self._refuse_fork()
         return loop_thread().run(self.asweep(now))
 
     async def asweep(self, now: float | None = None) -> list[Identity]:
         """`sweep` for any event loop."""
+        self._refuse_fork()
         await loop_thread().arun(self._tick_health())
         with self._lock:
             effects: Effects = []
@@ -429,10 +434,12 @@ class BackendPoolManager(Generic[B]):
 
         Returns ``{"closed": [agents], "retired": [agents]}``; closed ones are gone when it returns.
         """
+        self._refuse_fork()
         return loop_thread().run(self.aclose_key(primary))
 
     async def aclose_key(self, primary: str) -> dict[str, list[str]]:
         """`close_key` for any event loop."""
+        self._refuse_fork()
         effects: Effects = []
         with self._lock:
             closed, retired = self._life.close_key(primary, monotonic(), effects)
@@ -441,6 +448,7 @@ class BackendPoolManager(Generic[B]):
 
     def idle_keys(self, idle_for: float) -> list[str]:
         """Return the keys all of whose backends have been idle for *idle_for* seconds."""
+        self._refuse_fork()
         with self._lock:
             since = monotonic() - idle_for
             old: set[str] = set()
@@ -451,6 +459,7 @@ class BackendPoolManager(Generic[B]):
 
     def start_reaper(self) -> None:
         """Sweep every ``cleanup_interval`` seconds. Called by the first acquire unless periodic cleanup is off."""
+        self._refuse_fork()
         with self._lock:
             if self._reaper is None and not self._life.shut:
                 self._reaper = loop_thread().spawn(self._reap())
@@ -480,8 +489,7 @@ class BackendPoolManager(Generic[B]):
         Users of a backend that is closed under them see `BackendClosed`. Returns when everything is gone, what the
         backends track included, or when ``close_timeout`` has passed for it. Can be repeated.
         """
-        if self._fork != fork_count():
-            raise self._forked()
+        self._refuse_fork()
         loop_thread().refuse_here()
         effects: Effects = []
         with self._lock:

@@ -1063,6 +1063,7 @@ def test_concurrent_destroy_alls_all_return_when_it_is_done(farm, pools):
 
 # -- forks
 
+FORBIDDEN = "acquire keyless sweep close_key destroy_all configure register get_stats health peek idle_keys start_reaper".split()
 FORKING = """
 import os, sys, threading
 from pool import BackendPoolManager, MemoryBackend, PoolError
@@ -1080,6 +1081,8 @@ if child == 0:
         "sweep": pool.sweep, "close_key": lambda: pool.close_key("idle"), "destroy_all": pool.destroy_all,
         "configure": lambda: pool.configure(max_backends=3),
         "register": lambda: pool.register("r", "x", MemoryBackend()),
+        "get_stats": pool.get_stats, "health": pool.health, "peek": lambda: pool.peek("a"),
+        "idle_keys": lambda: pool.idle_keys(0), "start_reaper": pool.start_reaper,
     }
     for name, call in calls.items():
         try:
@@ -1101,6 +1104,19 @@ print("parent", borrowed.backend.status, pool.get_stats().idle_backends, flush=T
 borrowed.release()
 pool.destroy_all()
 """
+
+
+@pytest.mark.parametrize("lock", ["free", "held"])
+def test_a_forked_child_is_told_to_make_a_pool_of_its_own(lock):
+    """The parent's pool answers with a clear error and is not touched; one of the child's own works."""
+    lines = run_script(FORKING, lock).splitlines()
+    assert lines == [
+        "parent connected",
+        *(f"{name} own" for name in FORBIDDEN),
+        "child child",
+        "child ended 0",
+        "parent connected 1",
+    ]
 
 
 # -- what backends track
