@@ -121,8 +121,10 @@ class Backend(ABC):
         """Close *resource* when this backend is destroyed, last tracked first; returns it.
 
         It needs an ``aclose()`` or ``close()`` (plain or async), or be an async context manager that was entered by
-        `enter_context`.
+        `enter_context`. Raises `BackendClosed` after `destroy`, and leaves *resource* to the caller.
         """
+        if self._status is BackendStatus.CLOSED:
+            raise BackendClosed(f"{self!r} is closed: it would never close {resource!r}")
         if not (hasattr(resource, "aclose") or hasattr(resource, "close")):
             raise TypeError(f"{resource!r} has neither aclose() nor close(): nothing could close it")
         self._closeables.append(resource)
@@ -139,7 +141,11 @@ class Backend(ABC):
     async def _enter(self, manager: AbstractAsyncContextManager[T]) -> T:
         keeper = _ContextKeeper(manager)
         value: T = await keeper.enter()
-        self.track_closeable(keeper)
+        try:
+            self.track_closeable(keeper)
+        except BackendClosed:  # destroyed meanwhile
+            await _close_resource(keeper)
+            raise
         return value
 
     def destroy(self) -> None:

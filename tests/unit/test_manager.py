@@ -1159,6 +1159,28 @@ def test_tracked_resources_are_closed_with_the_backend_last_first(farm, pools):
     assert backend.closed
 
 
+def test_a_closed_backend_tracks_nothing_more(farm, pools):
+    """It could never close it; the caller is told, and a context is left at once."""
+    pool = pools()
+    log: list[str] = []
+    with pool.backend("a") as backend:
+        pass
+    pool.dispose()
+    with pytest.raises(BackendClosed):
+        backend.track_closeable(Resource(log, "late"))
+
+    @contextlib.asynccontextmanager
+    async def context() -> Any:
+        try:
+            yield 1
+        finally:
+            log.append("left")
+
+    with pytest.raises(BackendClosed):
+        backend.enter_context(context())
+    assert log == ["left"]
+
+
 MCP_SERVER = """
 import os
 from mcp.server import MCPServer
