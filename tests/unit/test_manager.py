@@ -776,11 +776,20 @@ def test_a_sweep_evicts_exactly_what_is_due(farm, pools):
         for key in "abc":
             with pool.backend(key):
                 pass
-        farm.made[2].working = True
         assert pool.sweep(monotonic() + 99) == []
-        assert pool.sweep(monotonic() + 101) == [("a", DEFAULT_AGENT), ("c", DEFAULT_AGENT)]
-        assert [backend.closed for backend in farm.made] == [False, True, False, True]
-        assert pool.get_stats().evicted_idle == 2
+        assert pool.sweep(monotonic() + 101) == [(key, DEFAULT_AGENT) for key in "abc"]
+        assert [backend.closed for backend in farm.made] == [False, True, True, True]
+        assert pool.get_stats().evicted_idle == 3
+
+
+def test_a_sweep_spares_a_backend_that_works_for_nobody(farm, pools):
+    """It says that it is busy, so it is not evicted."""
+    pool = pools(idle_timeout=1e-9)
+    with pool.backend("a") as backend:
+        backend.working = True
+    assert pool.sweep() == []
+    backend.working = False
+    assert pool.sweep() == [("a", DEFAULT_AGENT)]
 
 
 def test_a_sweep_can_be_awaited_on_any_loop(farm, pools):
