@@ -243,6 +243,7 @@ class BackendPoolManager(Generic[B]):
                 else:
                     error = error or PoolError("interrupted")
                     self._life.connect_failed(entry, error, now, effects)
+                self._quiet.notify_all()
 
     async def _checked(self, entry: Entry) -> B | None:
         """Return the entry's own backend if it is alive; close it if it is not."""
