@@ -294,3 +294,27 @@ def test_a_forked_child_has_a_loop_of_its_own():
     )
     assert done.stdout.split("\n") == ["child 2", "child 1", "parent", ""], done.stderr
     assert fork_count() == 0
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_a_run_that_is_interrupted_while_it_begins_leaves_nothing_running(handed_over, loop, monkeypatch):
+    """A signal does not wait until the caller is ready for it."""
+    job = Job()
+    job.may_finish.set()
+    hand_over = loop.loop.call_soon_threadsafe
+
+    def interrupted(*args: Any) -> None:
+        monkeypatch.setattr(loop.loop, "call_soon_threadsafe", hand_over)
+        if handed_over:
+            hand_over(*args)
+        raise Interrupted
+
+    monkeypatch.setattr(loop.loop, "call_soon_threadsafe", interrupted)
+    with pytest.raises(Interrupted):
+        loop.run(job.run())
+    assert job.cleaned == job.started.is_set()
+
+    async def others() -> int:
+        return len(asyncio.all_tasks()) - 1
+
+    assert loop.run(others()) == 0
