@@ -97,9 +97,10 @@ class BackendPoolManager(Generic[B]):
                 return Borrowed(self, entry, True)
         loop_thread().refuse_here()
         done = threading.Event()
-        waiter = self._ask(key, agent, override, done.set)
+        waiter = self._waiter(key, agent, override, done.set)
         timeout = self._life.config.acquire_timeout
         try:
+            self._ask(waiter)
             done.wait(min(timeout, threading.TIMEOUT_MAX))
         except BaseException:
             self._abandon(waiter)
@@ -119,9 +120,10 @@ class BackendPoolManager(Generic[B]):
                 return Borrowed(self, entry, True)
         loop = asyncio.get_running_loop()
         done = asyncio.Event()
-        waiter = self._ask(key, agent, override, lambda: loop.call_soon_threadsafe(done.set))
+        waiter = self._waiter(key, agent, override, lambda: loop.call_soon_threadsafe(done.set))
         timeout = self._life.config.acquire_timeout
         try:
+            self._ask(waiter)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):  # wait_for of Python 3.11 can swallow a cancellation
                     await done.wait()
@@ -152,19 +154,20 @@ class BackendPoolManager(Generic[B]):
         with self.backend(key, config=config) as backend:
             return fn(backend)
 
-    def _ask(
+    def _waiter(
         self, key: str | None, agent: str | None, override: dict[str, Any] | None, wake: Callable[[], Any]
     ) -> Waiter:
-        """Queue a waiter for what the warm path could not give."""
         identity: Identity = ("", agent or DEFAULT_AGENT)
         if key is not None:
             identity = (key if key == SHARED else check_key(key), agent or DEFAULT_AGENT)
-        waiter = Waiter(identity, self._effective(identity, override), override, wake, pooled=key is not None)
+        return Waiter(identity, self._effective(identity, override), override, wake, pooled=key is not None)
+
+    def _ask(self, waiter: Waiter) -> None:
+        """Queue a waiter for what the warm path could not give."""
         with self._deciding() as (now, effects):
             self._life.acquire(waiter, now, effects)
         if self._periodic_cleanup and self._reaper is None:
             self.start_reaper()
-        return waiter
 
     def _effective(self, identity: Identity, override: dict[str, Any] | None) -> dict[str, Any]:
         specific = self._config_for(*identity) if self._config_for is not None else {}

@@ -300,6 +300,23 @@ def test_an_exception_from_a_signal_gives_up_the_wait(phase, pools):
     assert farm.leaked == []
 
 
+def test_an_exception_from_a_signal_before_the_wait_leaves_no_waiter_behind(farm, pools, monkeypatch):
+    """It may come as soon as the request is queued."""
+    pool = pools()
+    carry_out = pool._carry_out
+
+    def interrupted(effects: Any) -> None:
+        monkeypatch.setattr(pool, "_carry_out", carry_out)
+        carry_out(effects)
+        raise Interrupted
+
+    monkeypatch.setattr(pool, "_carry_out", interrupted)
+    with pytest.raises(Interrupted):
+        pool.acquire_backend("a")
+    wait_until(lambda: pool.get_stats().idle_backends == 1, "the backend is idle")
+    assert pool.get_stats().active_backends == 0
+
+
 def test_a_waiter_whose_loop_was_closed_gives_back(farm, pools):
     """Its wake-up finds nobody; the backend is free for others."""
     pool = pools()
