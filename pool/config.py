@@ -11,6 +11,8 @@ from pool.errors import ConfigError
 
 EXECUTION_POOLS = ("threads", "prefork", "solo")
 
+MAX_SHARDS = 65536
+
 
 def check_number(name: str, value: Any, rule: str, *, above: float = 0.0, unit: str = "s") -> None:
     """Raise `ConfigError` naming field, value, unit and rule unless *value* is a number greater than *above*."""
@@ -61,7 +63,7 @@ class PoolConfig:
             raise ConfigError(f"max_backends={self.max_backends!r} backends: must be a whole number, 1 or more")
         if self.max_lifetime is not None:
             check_number("max_lifetime", self.max_lifetime, "must be more than 0, or None for no limit")
-        if not 0 <= self.lifetime_jitter < 1:
+        if not isinstance(self.lifetime_jitter, int | float) or not 0 <= self.lifetime_jitter < 1:
             raise ConfigError(f"lifetime_jitter={self.lifetime_jitter!r}: must be from 0 up to, not including, 1")
         if self.backoff_max < self.backoff_base:
             raise ConfigError(
@@ -111,8 +113,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.namespace):
             raise ConfigError(f"namespace={self.namespace!r}: must be 1 to 64 letters, digits, _ or -")
-        if not isinstance(self.shards, int) or not 1 <= self.shards <= 65536:
-            raise ConfigError(f"shards={self.shards!r}: must be a whole number from 1 to 65536")
+        if not isinstance(self.shards, int) or not 1 <= self.shards <= MAX_SHARDS:
+            raise ConfigError(f"shards={self.shards!r}: must be a whole number from 1 to {MAX_SHARDS}")
         if self.node_shards is not None and not self.node_shards:
             raise ConfigError("node_shards is empty: name at least one shard, or leave it unset for all")
         for shard in self.node_shards or ():
@@ -210,7 +212,10 @@ class _Environment:
             match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
             if match is None or (match[2] and int(match[2]) < int(match[1])):
                 raise ConfigError(f"{name}={value!r}: must be shards and ranges such as 0-31,40; {part!r} is neither")
-            found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+            last = int(match[2] or match[1])
+            if last >= MAX_SHARDS:  # said before a slip of the finger fills the memory
+                raise ConfigError(f"{name}={value!r}: shard {last}: must be from 0 to {MAX_SHARDS - 1}")
+            found.update(range(int(match[1]), last + 1))
         return tuple(sorted(found))
 
     def guard(self, make: Any, **values: Any) -> Any:

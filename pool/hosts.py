@@ -96,6 +96,8 @@ class Hosts:
         if not isinstance(tables, list):
             raise ConfigError(f"{source}: [match]: must be written [[match]], with double brackets")
         for number, given in enumerate(tables, start=1):
+            if not isinstance(given, Mapping):
+                raise ConfigError(f"{source}: [[match]] number {number}: must be a table")
             table = dict(given)
             pattern = table.pop("key", None)
             where = f"{source}: [[match]] number {number} (key = {pattern!r})"
@@ -140,7 +142,7 @@ def _kind(name: Any, where: str) -> type[Backend]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise ConfigError(f"{where}: field 'backend' = {name!r}: cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Backend)):
         raise ConfigError(f"{where}: field 'backend' = {name!r}: is not a subclass of pool.Backend")

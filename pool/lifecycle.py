@@ -164,9 +164,11 @@ class Lifecycle:
         raised, and an entry that was granted meanwhile is released.
         """
         if waiter.entry is not None:
+            entry = waiter.entry
             if phase_timeout is None:
-                self.release(waiter.entry, now, effects)
-            return waiter.entry
+                waiter.entry = None  # a caller can go away twice: its loop is closed, then its coroutine is collected
+                self.release(entry, now, effects)
+            return entry
         if waiter.error is not None:
             if phase_timeout is None:
                 return None

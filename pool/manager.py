@@ -19,7 +19,7 @@ from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter
 from pool.errors import BackendUnavailable, ConfigError, PoolError
 from pool.keys import check_key
 from pool.lifecycle import Lifecycle
-from pool.runtime import fork_count, loop_thread
+from pool.runtime import fork_count, loop_thread, was_cancelled
 from pool.stats import PoolStats
 
 R = TypeVar("R")
@@ -75,7 +75,7 @@ class BackendPoolManager(Generic[B]):
         self._periodic_cleanup = enable_periodic_cleanup
         self._reaper: Any = None
         self._preparing: set[asyncio.Task[None]] = set()
-        self._ticking: set[Entry] = set()
+        self._ticking: set[B] = set()  # backends that look after themselves
         self._quiet = threading.Condition(self._lock)  # notified when a pool that shuts down loses an entry
 
     # -- borrowing
@@ -88,19 +88,20 @@ class BackendPoolManager(Generic[B]):
         Waits at most ``acquire_timeout``. Raises `PoolExhausted`, `AcquireTimeout`, `BackendUnavailable` (with
         ``retry_after``), `BackendClosed` (the pool is closed), `InvalidKey`, `ConfigError`.
         """
-        if self._fork != fork_count():
-            raise self._forked()
+        self._refuse_fork()
         override = dict(config) if config else None
-        if key is not None:
+        if isinstance(key, str):
             with self._lock:
                 entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
             if entry is not None:
                 return Borrowed(self, entry, True)
+        loop_thread().refuse_here()
         done = threading.Event()
-        waiter = self._ask(key, agent, override, done.set)
+        waiter = self._waiter(key, agent, override, done.set)
         timeout = self._life.config.acquire_timeout
         try:
-            done.wait(timeout)
+            self._ask(waiter)
+            done.wait(min(timeout, threading.TIMEOUT_MAX))
         except BaseException:
             self._abandon(waiter)
             raise
@@ -110,21 +111,22 @@ class BackendPoolManager(Generic[B]):
         self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
     ) -> Borrowed[B]:
         """`acquire_backend` for any event loop."""
-        if self._fork != fork_count():
-            raise self._forked()
+        self._refuse_fork()
         override = dict(config) if config else None
-        if key is not None:
+        if isinstance(key, str):
             with self._lock:
                 entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
             if entry is not None:
                 return Borrowed(self, entry, True)
         loop = asyncio.get_running_loop()
         done = asyncio.Event()
-        waiter = self._ask(key, agent, override, lambda: loop.call_soon_threadsafe(done.set))
+        waiter = self._waiter(key, agent, override, lambda: loop.call_soon_threadsafe(done.set))
         timeout = self._life.config.acquire_timeout
         try:
+            self._ask(waiter)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(done.wait(), timeout)
+                async with asyncio.timeout(timeout):  # wait_for of Python 3.11 can swallow a cancellation
+                    await done.wait()
         except BaseException:
             self._abandon(waiter)
             raise
@@ -152,19 +154,20 @@ class BackendPoolManager(Generic[B]):
         with self.backend(key, config=config) as backend:
             return fn(backend)
 
-    def _ask(
+    def _waiter(
         self, key: str | None, agent: str | None, override: dict[str, Any] | None, wake: Callable[[], Any]
     ) -> Waiter:
-        """Queue a waiter for what the warm path could not give."""
         identity: Identity = ("", agent or DEFAULT_AGENT)
         if key is not None:
             identity = (key if key == SHARED else check_key(key), agent or DEFAULT_AGENT)
-        waiter = Waiter(identity, self._effective(identity, override), override, wake, pooled=key is not None)
+        return Waiter(identity, self._effective(identity, override), override, wake, pooled=key is not None)
+
+    def _ask(self, waiter: Waiter) -> None:
+        """Queue a waiter for what the warm path could not give."""
         with self._deciding() as (now, effects):
             self._life.acquire(waiter, now, effects)
-        if self._periodic_cleanup:
+        if self._periodic_cleanup and self._reaper is None:
             self.start_reaper()
-        return waiter
 
     def _effective(self, identity: Identity, override: dict[str, Any] | None) -> dict[str, Any]:
         specific = self._config_for(*identity) if self._config_for is not None else {}
@@ -184,6 +187,8 @@ class BackendPoolManager(Generic[B]):
             self._life.give_up(waiter, None, now, effects)
 
     def _release(self, entry: Entry) -> None:
+        if self._fork != fork_count():
+            return  # the parent, which is still using it, will give it back
         effects: Effects = []
         with self._lock:
             self._life.release(entry, monotonic(), effects)
@@ -197,8 +202,7 @@ class BackendPoolManager(Generic[B]):
     @contextlib.contextmanager
     def _deciding(self) -> Any:
         """Hold the lock for a decision, then do what it asks for."""
-        if self._fork != fork_count():
-            raise self._forked()
+        self._refuse_fork()
         effects: Effects = []
         try:
             with self._lock:
@@ -211,7 +215,7 @@ class BackendPoolManager(Generic[B]):
             if isinstance(effect, Connect):
                 loop_thread().spawn(self._prepare(effect.entry, effect.first_close))
             elif isinstance(effect, Close):
-                loop_thread().spawn(self._close(effect.entry, effect.backend))
+                loop_thread().spawn(self._close(effect.backend))
             else:
                 try:
                     effect.waiter.wake()
@@ -242,6 +246,7 @@ class BackendPoolManager(Generic[B]):
                 else:
                     error = error or PoolError("interrupted")
                     self._life.connect_failed(entry, error, now, effects)
+                self._quiet.notify_all()
 
     async def _checked(self, entry: Entry) -> B | None:
         """Return the entry's own backend if it is alive; close it if it is not."""
@@ -276,9 +281,12 @@ class BackendPoolManager(Generic[B]):
             entry.identity[0],
             1e3 * (monotonic() - started),
         )
-        if type(backend).tick_health is not Backend.tick_health:
-            self._ticking.add(entry)
+        self._watch(backend)
         return backend
+
+    def _watch(self, backend: B) -> None:
+        if type(backend).tick_health is not Backend.tick_health:
+            self._ticking.add(backend)
 
     def _as_pool_error(self, entry: Entry, caught: BaseException) -> PoolError:
         if isinstance(caught, PoolError):
@@ -288,28 +296,36 @@ class BackendPoolManager(Generic[B]):
         error.__cause__ = caught
         return error
 
-    async def _close(self, entry: Entry, backend: B) -> None:
-        self._ticking.discard(entry)
-        await self._destroy(backend)
-        with self._deciding() as (now, effects):
-            self._life.gone(now, effects)
-            self._quiet.notify_all()
+    async def _close(self, backend: B) -> None:
+        try:
+            await self._destroy(backend)
+        finally:
+            with self._deciding() as (now, effects):
+                self._life.gone(now, effects)
+                self._quiet.notify_all()
 
     async def _destroy(self, backend: B) -> None:
         """Close one backend, bounded; log what goes wrong, for nobody is there to catch it."""
+        self._ticking.discard(backend)
         try:
             async with asyncio.timeout(self._life.config.close_timeout):
                 await backend.adestroy()
+        except asyncio.CancelledError:
+            if was_cancelled():
+                raise
+            logger.exception("closing %r failed", backend)
         except Exception:
             logger.exception("closing %r failed", backend)
 
-    def _forked(self) -> PoolError:
-        return PoolError("this pool belongs to the parent process: make a pool of its own in each forked child")
+    def _refuse_fork(self) -> None:
+        if self._fork != fork_count():
+            raise PoolError("this pool belongs to the parent process: make a pool of its own in each forked child")
 
     # -- looking after the pool
 
     def get_stats(self) -> PoolStats:
         """Return a consistent snapshot; waits for no backend."""
+        self._refuse_fork()
         with self._lock:
             life, now, totals = self._life, monotonic(), self._life.counters
             live = life.live
@@ -347,6 +363,7 @@ class BackendPoolManager(Generic[B]):
         self._look(primary, agent, touch=True)
 
     def _look(self, primary: str, agent: str, *, touch: bool) -> B | None:
+        self._refuse_fork()
         with self._lock:
             entry = self._life.entries.get((primary, agent))
             if entry is None:
@@ -361,9 +378,11 @@ class BackendPoolManager(Generic[B]):
         identity = (primary if primary == SHARED else check_key(primary), agent)
         with self._deciding() as (now, effects):
             self._life.register(identity, self._effective(identity, None), backend, now, effects)
+            self._watch(backend)
 
     def health(self) -> dict[str, int]:
         """``{"size": live backends, "busy": those in use}``."""
+        self._refuse_fork()
         with self._lock:
             counts = self._life.counts
         return {"size": counts["total"], "busy": counts["busy"]}
@@ -380,10 +399,12 @@ class BackendPoolManager(Generic[B]):
 
         *now*: seconds on the monotonic clock, for tests. Costs what it evicts, however many backends are idle.
         """
+        self._refuse_fork()
         return loop_thread().run(self.asweep(now))
 
     async def asweep(self, now: float | None = None) -> list[Identity]:
         """`sweep` for any event loop."""
+        self._refuse_fork()
         await loop_thread().arun(self._tick_health())
         with self._lock:
             effects: Effects = []
@@ -402,26 +423,27 @@ class BackendPoolManager(Generic[B]):
             except Exception:
                 logger.exception("health check of %r failed", backend)
 
-        await asyncio.gather(*(tick(entry.backend) for entry in list(self._ticking) if entry.backend is not None))
+        await asyncio.gather(*(tick(backend) for backend in list(self._ticking)))
 
     async def _carry_out_and_wait(self, effects: Effects) -> None:
         """Carry out; return when everything that had to be closed is gone."""
         closes = [effect for effect in effects if isinstance(effect, Close)]
         self._carry_out([effect for effect in effects if not isinstance(effect, Close)])
-        await loop_thread().arun(self._close_all(closes))
-
-    async def _close_all(self, closes: list[Close]) -> None:
-        await asyncio.gather(*(self._close(close.entry, close.backend) for close in closes))
+        calls = [loop_thread().spawn(self._close(close.backend)) for close in closes]
+        # Shielded: a caller that is cancelled stops waiting; what has left the pool is closed all the same.
+        await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(call.future)) for call in calls))
 
     def close_key(self, primary: str) -> dict[str, list[str]]:
         """End all backends of a key: idle ones now, busy ones when their users are done.
 
         Returns ``{"closed": [agents], "retired": [agents]}``; closed ones are gone when it returns.
         """
+        self._refuse_fork()
         return loop_thread().run(self.aclose_key(primary))
 
     async def aclose_key(self, primary: str) -> dict[str, list[str]]:
         """`close_key` for any event loop."""
+        self._refuse_fork()
         effects: Effects = []
         with self._lock:
             closed, retired = self._life.close_key(primary, monotonic(), effects)
@@ -430,6 +452,7 @@ class BackendPoolManager(Generic[B]):
 
     def idle_keys(self, idle_for: float) -> list[str]:
         """Return the keys all of whose backends have been idle for *idle_for* seconds."""
+        self._refuse_fork()
         with self._lock:
             since = monotonic() - idle_for
             old: set[str] = set()
@@ -440,14 +463,18 @@ class BackendPoolManager(Generic[B]):
 
     def start_reaper(self) -> None:
         """Sweep every ``cleanup_interval`` seconds. Called by the first acquire unless periodic cleanup is off."""
-        if self._reaper is None and not self._life.shut:
-            self._reaper = loop_thread().spawn(self._reap())
+        self._refuse_fork()
+        with self._lock:
+            if self._reaper is None and not self._life.shut:
+                self._reaper = loop_thread().spawn(self._reap())
 
     def stop_reaper(self) -> None:
-        """Stop sweeping."""
-        if self._reaper is not None:
-            self._reaper.cancel()
-            self._reaper = None
+        """Stop sweeping, until `start_reaper` is called."""
+        self._periodic_cleanup = False
+        with self._lock:
+            reaper, self._reaper = self._reaper, None
+        if reaper is not None:
+            reaper.cancel()
 
     async def _reap(self) -> None:
         while True:
@@ -466,16 +493,18 @@ class BackendPoolManager(Generic[B]):
         Users of a backend that is closed under them see `BackendClosed`. Returns when everything is gone, what the
         backends track included, or when ``close_timeout`` has passed for it. Can be repeated.
         """
-        if self._fork != fork_count():
-            raise self._forked()
-        self.stop_reaper()
+        self._refuse_fork()
+        loop_thread().refuse_here()
         effects: Effects = []
         with self._lock:
             self._life.shutdown(effects)
         self._carry_out(effects)
+        self.stop_reaper()
         deadline = monotonic() + grace
         with self._lock:
-            self._quiet.wait_for(lambda: not self._in_use(), max(0.0, deadline - monotonic()))
+            self._quiet.wait_for(
+                lambda: not self._in_use(), min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
+            )
             effects = []
             rest = self._life.close_rest(effects)
         if busy := [entry for entry in rest if entry.users]:

@@ -35,6 +35,12 @@ def _after_fork_in_child() -> None:
     _start_lock = threading.Lock()  # the parent's may have been held
 
 
+def was_cancelled() -> bool:
+    """Say whether a CancelledError just caught was meant for this task, and not let out by what it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class LoopThread:
     """An event loop in a thread of its own."""
 
@@ -64,7 +70,9 @@ class LoopThread:
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> "Call[T]":
         """Start the coroutine on the loop; from any thread."""
-        return Call(self, coroutine)
+        call = Call(self, coroutine)
+        call.begin()
+        return call
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run the coroutine on the loop and wait for its result.
@@ -73,10 +81,17 @@ class LoopThread:
         coroutine and waits for its clean-up before it goes on. Raises `PoolError` on the loop's own thread, where
         waiting would be a deadlock.
         """
-        if threading.current_thread() is self.thread:
+        try:
+            self.refuse_here()
+        except PoolError:
             coroutine.close()
+            raise
+        return Call(self, coroutine).wait()
+
+    def refuse_here(self) -> None:
+        """Raise `PoolError` on the loop's own thread: what is about to wait for the loop would wait for ever."""
+        if threading.current_thread() is self.thread:
             raise PoolError("a blocking call on the event loop's thread would wait for itself: await the a... method")
-        return self.spawn(coroutine).wait()
 
     async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Await the coroutine, on this loop, from any event loop."""
@@ -107,19 +122,26 @@ class Call(Generic[T]):
     def __init__(self, owner: LoopThread, coroutine: Coroutine[Any, Any, T]) -> None:
         self.owner = owner
         self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._coroutine = coroutine
         self._task: asyncio.Task[T] | None = None
-        self._cancelled = False
+        self._begun = False
+
+    def begin(self) -> None:
+        """Hand the coroutine over to the loop; once."""
+        self._begun = True
         try:
-            owner.loop.call_soon_threadsafe(self._start, coroutine)
+            self.owner.loop.call_soon_threadsafe(self._start)
         except RuntimeError:
-            coroutine.close()
+            self._never_started("the event loop of the pool is closed")
             raise PoolError("the event loop of the pool is closed") from None
 
-    def _start(self, coroutine: Coroutine[Any, Any, T]) -> None:
-        self._task = self.owner.loop.create_task(coroutine)
+    def _start(self) -> None:
+        self._task = self.owner.loop.create_task(self._coroutine)
         self._task.add_done_callback(self._done)
-        if self._cancelled:
-            self._task.cancel()
+
+    def _never_started(self, why: str) -> None:
+        self._coroutine.close()
+        self.future.set_exception(PoolError(why))
 
     def _done(self, task: asyncio.Task[T]) -> None:
         if task.cancelled():
@@ -132,10 +154,11 @@ class Call(Generic[T]):
     def cancel(self) -> None:
         """Ask the coroutine to stop; ``future`` is done when it has cleaned up."""
 
-        def cancel() -> None:
-            self._cancelled = True
+        def cancel() -> None:  # runs after `_start`, if that was handed over
             if self._task is not None:
                 self._task.cancel()
+            elif not self.future.done():
+                self._never_started("cancelled before it began")
 
         with contextlib.suppress(RuntimeError):  # a closed loop has cancelled everything already
             self.owner.loop.call_soon_threadsafe(cancel)
@@ -149,6 +172,8 @@ class Call(Generic[T]):
     def wait(self) -> T:
         """Wait in this thread; see `LoopThread.run`."""
         try:
+            if not self._begun:
+                self.begin()
             return self.future.result()
         except BaseException:
             self.abandon()

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, TypeVar
 
 from pool.errors import BackendClosed
-from pool.runtime import loop_thread
+from pool.runtime import loop_thread, was_cancelled
 
 T = TypeVar("T")
 
@@ -126,8 +126,10 @@ class Backend(ABC):
         """Close *resource* when this backend is destroyed, last tracked first; returns it.
 
         It needs an ``aclose()`` or ``close()`` (plain or async), or be an async context manager that was entered by
-        `enter_context`.
+        `enter_context`. Raises `BackendClosed` after `destroy`, and leaves *resource* to the caller.
         """
+        if self._status is BackendStatus.CLOSED:
+            raise BackendClosed(f"{self!r} is closed: it would never close {resource!r}")
         if not (hasattr(resource, "aclose") or hasattr(resource, "close")):
             raise TypeError(f"{resource!r} has neither aclose() nor close(): nothing could close it")
         self._closeables.append(resource)
@@ -144,7 +146,11 @@ class Backend(ABC):
     async def _enter(self, manager: AbstractAsyncContextManager[T]) -> T:
         keeper = _ContextKeeper(manager)
         value: T = await keeper.enter()
-        self.track_closeable(keeper)
+        try:
+            self.track_closeable(keeper)
+        except BackendClosed:  # destroyed meanwhile
+            await _close_resource(keeper)
+            raise
         return value
 
     def run_sync(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -227,5 +233,9 @@ async def _close_resource(resource: Any) -> None:
                 result = await asyncio.to_thread(close)
                 if inspect.isawaitable(result):
                     await result
+    except asyncio.CancelledError:
+        if was_cancelled():
+            raise
+        logger.exception("closing %r, which a backend tracked, failed", resource)
     except Exception:
         logger.exception("closing %r, which a backend tracked, failed", resource)

@@ -15,6 +15,8 @@ from pool.keys import check_key
 from pool.manager import BackendPoolManager
 from pool.worker.router import KEY_HEADER
 
+_Parameter = inspect.Parameter
+
 MIN_RETRY_DELAY = 0.5
 """Seconds before a task whose backend was unavailable is tried again, at least."""
 
@@ -65,7 +67,8 @@ class PooledTask(Task):
             return kwargs[name]
         parameters = _parameters(type(self))
         position = list(parameters).index(name)
-        if position < len(args):
+        by_position = parameters[name].kind in (_Parameter.POSITIONAL_ONLY, _Parameter.POSITIONAL_OR_KEYWORD)
+        if by_position and position < len(args):
             return args[position]
         default = parameters[name].default
         if default is inspect.Parameter.empty:

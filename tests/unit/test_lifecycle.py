@@ -478,6 +478,17 @@ def test_a_cancelled_caller_that_was_served_meanwhile_gives_back():
     assert entry.state == "idle"
 
 
+def test_a_caller_that_goes_away_twice_gives_back_once():
+    """Its loop was closed, and later its coroutine is collected: the user count stays right."""
+    world = World()
+    waiter, other = world.ask(), world.ask()
+    world.connect()
+    for _ in range(2):
+        world.life.give_up(waiter, None, world.now, world.effects)
+        world.life.check_invariants()
+    assert other.entry.users == 1
+
+
 @pytest.mark.parametrize("phase", ["room", "connect", "turn", "failed"])
 def test_a_cancelled_caller_leaves_quietly_in_every_phase(phase):
     """Nothing raised, nothing left behind."""
