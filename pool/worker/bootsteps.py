@@ -83,7 +83,7 @@ def _interruptible(pool_cls: Any, extension: Any) -> Any:
     """
     solo = pool_cls.__module__.endswith(".solo")
 
-    class TaskPool(pool_cls):  # type: ignore[misc]
+    class TaskPool(pool_cls):
         def terminate_job(self, pid: int, signal: int | None = None) -> None:
             if not log._in_sighandler:
                 super().terminate_job(pid, signal)
