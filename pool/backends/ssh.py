@@ -1,6 +1,7 @@
 """A folder of a remote host: commands and files over one SSH connection (asyncssh)."""
 
 import asyncio
+import logging
 import os
 import shlex
 import socket
@@ -18,6 +19,9 @@ from pool.backends.shell import ShellCommand, check_env
 from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
 from pool.config import check_number
 from pool.errors import BackendClosed, BackendUnavailable, ConfigError, PoolError
+
+if logging.getLogger("asyncssh").level == logging.NOTSET:
+    asyncssh.set_log_level(logging.WARNING)  # at INFO it logs every command, and what is secret in it
 
 # Makes the root and tells its symlink-free path behind a mark, so that talk of the login shell does no harm.
 _PREPARE = 'mkdir -p -- "$1" && cd -P -- "$1" && printf "%s%s\\n" "$2" "$PWD"'

@@ -20,6 +20,7 @@ class BackendPoolStep(bootsteps.StartStopStep):
     """Started first and stopped last of all steps, so that no task outlives the pool in a warm shutdown."""
 
     label = "Backend pool"
+    requires = ("celery.worker.components:Pool",)  # made after the step that reads --autoscale, and checked with it
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)

@@ -5,30 +5,44 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.celery_nodes import WorkerNode
-from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site
+from tests.support.site import RESULT_TIMEOUT, Gate, Producer
+from tests.support.waiting import wait_until
 
 
-@pytest.fixture(scope="module")
-def start_nodes() -> Callable[[Site], list[WorkerNode]]:
-    return lambda site: [site.start(env={"POOL_NODE_SHARDS": "0-31"}), site.start(env={"POOL_NODE_SHARDS": "32-63"})]
-
-
-def test_nodes_go_on_serving_after_the_broker_was_restarted(producer: Producer, site: Site) -> None:
+def test_nodes_go_on_serving_after_the_broker_was_restarted(
+    start: Callable[..., WorkerNode], producer: Producer
+) -> None:
     """Every shard is consumed again, and the backends are still warm: they never depended on the broker."""
+    nodes = [start(shards, env={"POOL_NODE_SHARDS": shards}) for shards in ("0-31", "32-63")]
     keys = [f"user-{number}" for number in range(8)]
     before = {key: producer.built(key)["pid"] for key in keys}
-    assert set(before.values()) == {node.pid for node in producer.worker_cluster}
-    producer.broker.container.restart()
+    assert set(before.values()) == {node.pid for node in nodes}
+    producer.broker.restart()
     for key in keys:
         built = producer.built(key)
         assert (built["pid"], built["warm"]) == (before[key], True)
 
 
-def test_a_build_that_ran_through_the_restart_succeeds(producer: Producer, site: Site, gate: Gate, key: str) -> None:
-    """Its result arrives; the message, taken before the restart, may at most be seen once more."""
+@pytest.mark.xfail(
+    strict=True,
+    reason="kombu 5.7.0 with Redis: a node with an unacknowledged message ends when the broker is gone"
+    " (AttributeError: 'NoneType' object has no attribute 'hostname', from restore_unacked of a closed transport)",
+)
+def test_a_node_with_a_running_build_outlives_an_outage_of_the_broker(
+    start: Callable[..., WorkerNode], producer: Producer, gate: Gate, key: str
+) -> None:
+    """The build goes on, its result arrives; the message, taken before, may at most be seen once more."""
+    node = start()
     result = producer.build(key, gate.command)
     gate.wait_started()
-    producer.broker.container.restart()
+    producer.broker.kill()
+    wait_until(
+        lambda: "Cannot connect to" in node.logs() or "Unrecoverable error" in node.logs(),
+        "the node has noticed",
+        RESULT_TIMEOUT,
+    )
+    producer.broker.restart()
+    assert "Unrecoverable error" not in node.logs()
     gate.open()
     assert result.get(timeout=RESULT_TIMEOUT)["output"] == "built\n"
     assert 1 <= gate.runs <= 2

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from kombu.utils.imports import symbol_by_name
 
 from pool.errors import ConfigError
 from pool.worker.bootsteps import _check_execution_pool
@@ -41,6 +42,15 @@ def test_prefork_with_several_children_is_refused_at_start(options: list[str], s
     env = {**site.env, "POOL_EXECUTION": "prefork"}
     done = run_celery(["-A", "worker_config", "worker", *options], site.folder, env)
     assert_refused(done, "execution pool 'prefork' with", "POOL_EXECUTION=threads")
+
+
+def test_the_check_comes_after_the_step_that_reads_the_number_of_children() -> None:
+    """Celery makes its steps in the order that they require, and else in any: an ``--autoscale`` was seen or was not."""
+    from celery.worker.components import Pool
+
+    from pool.worker.bootsteps import BackendPoolStep
+
+    assert [symbol_by_name(step) for step in BackendPoolStep.requires] == [Pool]
 
 
 def test_a_concurrency_that_prefork_cannot_have_is_refused_at_start(site: Site) -> None:

@@ -1,6 +1,5 @@
 """What a producer sees when a build, its key or its host is at fault."""
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -147,9 +146,17 @@ def test_a_host_that_is_down_is_retried_until_it_is_back(producer: Producer, abs
     assert absent.info.count_logins() == 1
 
 
+def test_the_log_of_a_node_holds_no_commands(producer: Producer, key: str) -> None:
+    """A command may hold a token of its user: it is in no log line, and neither is the script around it."""
+    producer.built(key, "TOKEN=abc123xyz true")
+    log = producer.worker.logs()
+    assert "connected in" in log
+    assert "abc123xyz" not in log
+    assert "/bin/sh" not in log
+
+
 def test_secrets_of_the_node_are_not_seen_by_builds(producer: Producer, key: str) -> None:
-    """The environment of a build holds none of the node's variables, and its result no password of the broker."""
+    """The environment of a build holds none of the node's variables."""
     output = producer.built(key, "env")["output"]
     assert "POOL_" not in output
     assert "PYTHONPATH" not in output
-    assert os.path.basename(__file__) not in output

@@ -11,7 +11,7 @@ from pool import ConfigError, InvalidKey, NotOwner, Settings
 from pool.sharding.hashing import queue_name, shard_of
 from pool.worker.router import ShardRouter
 from tests.support.celery_nodes import WorkerNode
-from tests.support.site import RESULT_TIMEOUT, Producer, Site
+from tests.support.site import RESULT_TIMEOUT, Producer, Site, close_app
 
 KEYS = [f"chat:{number}" for number in range(6)]
 
@@ -135,9 +135,7 @@ def foreign(site: Site) -> Iterator[Celery]:
     app.conf.task_queues = [Queue("celery")]
     app.conf.broker_transport_options = {"priority_steps": [0]}
     yield app
-    app.backend.result_consumer.stop()
-    app.backend.client.close()
-    app.close()
+    close_app(app)
 
 
 def documented_queue(key: str, shards: int = 64) -> Queue:

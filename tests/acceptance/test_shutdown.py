@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from zlib import crc32
 
 import pytest
 from celery import states
@@ -38,9 +39,7 @@ def hosts(sshd: LoopbackSshd) -> str:
 @pytest.fixture(params=["remote", "here"])
 def key(request: pytest.FixtureRequest) -> str:
     """A key on the build host, and one on the node's own machine."""
-    import zlib
-
-    return f"{request.param}{zlib.crc32(request.node.nodeid.encode())}"
+    return f"{request.param}{crc32(request.node.nodeid.encode())}"
 
 
 @pytest.fixture

@@ -80,12 +80,14 @@ class Producer(CeleryTestSetup):
     """pytest-celery's setup, whose app routes by key as any web app with the extension would."""
 
     app: Celery
+    shards = 64
+    """As many as the nodes have."""
 
     @classmethod
     def update_app_config(cls, app: Celery) -> None:
         app.conf.update(task_serializer="json", result_serializer="json", accept_content=["json"])
         app.conf.broker_transport_options = {"priority_steps": [0]}
-        install(app, Settings(broker_url=app.conf.broker_url, result_url=app.conf.result_backend))
+        install(app, Settings(broker_url=app.conf.broker_url, result_url=app.conf.result_backend, shards=cls.shards))
 
     def send(self, name: str, *args: Any, **options: Any) -> AsyncResult:
         """Send one of the tasks that this process knows, by its name, as ``apply_async`` of the task does."""
@@ -105,9 +107,16 @@ class Producer(CeleryTestSetup):
 
     def teardown(self) -> None:
         """Close the connections of this test's app."""
-        self.app.backend.result_consumer.stop()
-        self.app.backend.client.close()
-        self.app.close()
+        close_app(self.app)
+
+
+def close_app(app: Celery) -> None:
+    """Close what an app of this process has open; a result that is dropped later must not come back to it."""
+    consumer = app.backend.result_consumer
+    consumer.stop()
+    consumer._pubsub = None
+    app.backend.client.close()
+    app.close()
 
 
 class Gate:
