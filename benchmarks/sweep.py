@@ -58,11 +58,11 @@ def measure(*, quick: bool) -> Report:
         report.add("agent-backend / ours", ratio(evicted["theirs"], evicted["ours"]), "x")
     report.notes.append(f"Each turn is {BATCH} sweeps in a row, of which the median counts.")
     report.notes.append(
-        "A hop between two threads costs 20 us where both happen to share a core, 110 us where not: that is the machine."
+        "A hop between threads costs 20 us where both happen to share a core, 110 us where not: that is the machine."
     )
     report.notes.append(
-        "Memory backends on both sides: closing one costs nothing but the pool's own work. Ours closes side by side, each"
-        " within close_timeout, theirs one after the other without a limit."
+        "Memory backends on both sides: closing one costs nothing but the pool's own work. Ours closes side by side,"
+        " each within close_timeout, theirs one after the other without a limit."
     )
     return report
 
