@@ -5,7 +5,9 @@ import importlib
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from datetime import UTC, datetime
@@ -25,21 +27,35 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.name) - set(NAMES):
         parser.error(f"no table {', '.join(sorted(unknown))}: known are {', '.join(NAMES)}")
-    reports, failed = [], False
-    for name in options.name or NAMES:
-        started = time.monotonic()
-        try:
-            report: Report = importlib.import_module(f"benchmarks.{name}").measure(quick=options.quick)
-        except Exception:
-            failed = True
-            console.print(f"{name}: error", style="red")
-            traceback.print_exc()
-            continue
-        report.raw["seconds"] = round(time.monotonic() - started, 1)
-        report.show()
-        reports.append(report.as_json())
+    names = options.name or list(NAMES)
+    documents = [_here(names[0], options.quick)] if len(names) == 1 else [_apart(n, options.quick) for n in names]
+    reports = [report for document in documents for report in document]
     _save(options.json, {"machine": _machine(), "quick": options.quick, "reports": reports})
-    return int(failed)
+    return int(len(reports) < len(names))
+
+
+def _here(name: str, quick: bool) -> list[dict[str, Any]]:
+    """Measure and show one table; none when that failed."""
+    started = time.monotonic()
+    try:
+        report: Report = importlib.import_module(f"benchmarks.{name}").measure(quick=quick)
+    except Exception:
+        console.print(f"{name}: error", style="red")
+        traceback.print_exc()
+        return []
+    report.raw["table took, s"] = round(time.monotonic() - started, 1)
+    report.show()
+    return [report.as_json()]
+
+
+def _apart(name: str, quick: bool) -> list[dict[str, Any]]:
+    """`_here` in a process of its own: no table finds another one's objects, caches or settings."""
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
+        command = [sys.executable, "-m", "benchmarks", name, "--json", file.name, *(["--quick"] if quick else [])]
+        subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "POOL_BENCH_CHILD": "1"}, check=False)
+        text = file.read()
+    reports: list[dict[str, Any]] = json.loads(text)["reports"] if text else []
+    return reports
 
 
 def _machine() -> dict[str, Any]:
@@ -69,7 +85,8 @@ def _save(file: str | None, document: dict[str, Any]) -> None:
     else:
         path = REPOSITORY.cwd() / file
     path.write_text(json.dumps(document, indent=1) + "\n")
-    console.print(f"raw numbers: {path}", style="dim", highlight=False)
+    if "POOL_BENCH_CHILD" not in os.environ:
+        console.print(f"raw numbers: {path}", style="dim", highlight=False)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -129,7 +130,10 @@ def ssh_server(folder: Path, *, max_startups: int = 300) -> Iterator[tuple[str, 
 
         if sshd_binary() is not None:
             with OpenSshd(folder / "sshd", max_sessions=20, max_startups=max_startups) as server:
-                yield "OpenSSH", server.info
+                try:
+                    yield "OpenSSH", server.info
+                finally:  # its home outlives the server
+                    shutil.rmtree(server.info.home / remote_folder(folder), ignore_errors=True)
             return
     from pool.loopback_sshd import LoopbackSshd
 
@@ -139,7 +143,12 @@ def ssh_server(folder: Path, *, max_startups: int = 300) -> Iterator[tuple[str, 
         yield "asyncssh's server on loopback", loopback.info
 
 
-def ssh_hosts(folder: Path, info: Any, remote_folder: str) -> Path:
+def remote_folder(folder: Path) -> str:
+    """The folder in the home of the server's account that this run may use."""
+    return f"bench-{folder.name}"
+
+
+def ssh_hosts(folder: Path, info: Any) -> Path:
     """Write a hosts file by which every key is a folder of the server, over a connection of its own."""
     fields = {
         "backend": "ssh",
@@ -148,7 +157,7 @@ def ssh_hosts(folder: Path, info: Any, remote_folder: str) -> Path:
         "username": info.username,
         "client_keys": str(info.client_key),
         "known_hosts": str(info.known_hosts),
-        "root_dir": f"{remote_folder}/{{key}}",
+        "root_dir": f"{remote_folder(folder)}/{{key}}",
     }
     path = folder / "hosts.toml"
     path.write_text("[default]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items()))
