@@ -26,9 +26,9 @@ def measure(*, quick: bool) -> Report:
     try:
         first: list[float] = []
         contestants: dict[str, Callable[[], float]] = {
+            "ours": lambda: _batch(lambda: _us(pool.sweep), first),
             "decision": lambda: _batch(lambda: _us(lambda: pool._life.sweep(monotonic(), []))),
             "reaper": lambda: loop_thread().run(_reaping(pool)),
-            "ours": lambda: _batch(lambda: _us(pool.sweep), first),
             "hop": lambda: _batch(lambda: _us(lambda: loop_thread().run(_nothing()))),
         }
         if theirs is not None:
@@ -44,8 +44,8 @@ def measure(*, quick: bool) -> Report:
     report.raw["us"] = {"none due": told, "none due, first of a turn": first, f"{DUE} due": evicted}
     report.add("none due: BackendPoolManager.sweep(), as called", p50(told["ours"]), "us", TARGET,
                remark=spread(told["ours"]))  # fmt: skip
-    report.add("none due: the first one after agent-backend's turn (cold caches)", p50(first), "us")
     report.add("... of which the way to the event loop's thread and back", p50(told["hop"]), "us")
+    report.add("none due: the first sweep of each turn (cold caches)", p50(first), "us")
     report.add("none due: as the pool's own reaper does it, on the loop", p50(told["reaper"]), "us", TARGET)
     report.add("none due: the decision alone, Lifecycle.sweep()", p50(told["decision"]), "us")
     if theirs is not None:

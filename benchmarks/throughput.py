@@ -19,6 +19,7 @@ from benchmarks.harness import REPOSITORY, Report, Worker, broker, interleaved, 
 KEYS = 500
 CONTESTANTS: Mapping[str, Mapping[str, str]] = {
     "plain": {"BENCH_SHARDS": "0"},
+    "plain, a twin": {"BENCH_SHARDS": "0"},
     "plain, late ack": {"BENCH_SHARDS": "0", "BENCH_LATE": "1"},
     "plain, prefetch 4": {"BENCH_SHARDS": "0", "BENCH_PREFETCH": "4"},
     "1": {"BENCH_SHARDS": "1"},
@@ -30,7 +31,7 @@ TARGETS = {"16": 0.95, "64": 0.9}
 
 
 def measure(*, quick: bool) -> Report:
-    tasks, rounds = (300, 2) if quick else (2000, 9)
+    tasks, rounds = (300, 2) if quick else (1500, 16)
     report = Report("throughput", f"{tasks} empty tasks of {KEYS} keys a round, one node, 8 threads, no results")
     with scratch() as folder, broker(folder) as url, ExitStack() as stack:
         runs = {}
@@ -56,6 +57,7 @@ def _fill(report: Report, told: dict[str, list[float]], tasks: int) -> None:
         report.add(what, ratio(told["plain, late ack"], told[name]), "x")
         what = f"{name} shard queues / plain Celery with its default prefetch multiplier, 4"
         report.add(what, ratio(told["plain, prefetch 4"], told[name]), "x")
+    report.add("plain Celery / its twin: what noise alone does", ratio(told["plain"], told["plain, a twin"]), "x")
     for name, seconds in told.items():
         what = name if name.startswith("plain") else f"{name} shard queue{'s' * (name != '1')}"
         rate = f"{tasks / p50(seconds):,.0f} tasks/s"
