@@ -8,7 +8,7 @@ import asyncssh
 
 from worker_config import app
 
-__all__ = ["app", "cold_build"]
+__all__ = ["app", "cold_build", "nothing"]
 
 
 @app.task(name="bench.cold_build")
@@ -16,6 +16,12 @@ def cold_build(cmd: str) -> dict[str, Any]:
     """Run *cmd* over an asyncssh connection made for it."""
     result = asyncio.run(_run(cmd))
     return {"exit_code": result.exit_status, "output": result.stdout, "pid": os.getpid()}
+
+
+@app.task(name="bench.nothing")
+def nothing() -> dict[str, Any]:
+    """What Celery itself costs."""
+    return {"exit_code": 0, "output": "", "pid": os.getpid()}
 
 
 async def _run(cmd: str) -> asyncssh.SSHCompletedProcess:

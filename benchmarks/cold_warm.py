@@ -1,13 +1,17 @@
 """The first command of a key, which connects, against the next ones."""
 
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import Any
 
+import asyncssh
+
 from benchmarks.harness import Report, interleaved, p50, ratio, remote_folder, scratch, spread, ssh_server
 from pool import BackendPoolManager, LocalFilesystemBackend, RemoteFilesystemBackend
+from pool.runtime import loop_thread
 
 _keys = count()
 
@@ -33,18 +37,64 @@ def measure(*, quick: bool) -> Report:
         for name, pool in pools.items():
             contestants[f"{name}: cold"] = partial(_cold, pool)
             contestants[f"{name}: warm"] = partial(_warm, pool)
+        bare = _Bare(remote)
+        contestants["asyncssh alone: warm, conn.run"] = bare.run
+        contestants["subprocess alone: sh -c true"] = _subprocess
         try:
             interleaved(contestants, 1)
             told = interleaved(contestants, rounds)
         finally:
+            bare.close()
             for pool in pools.values():
                 pool.destroy_all(0.0)
     report.raw["ms"] = told
     for name, values in told.items():
         report.add(name, p50(values), "ms", remark=spread(values))
+    warm = told[f"ssh ({which}): warm"]
+    report.add("ssh warm / asyncssh alone", ratio(warm, told["asyncssh alone: warm, conn.run"]), "x")
     for name in pools:
         report.add(f"{name}: cold / warm", ratio(told[f"{name}: cold"], told[f"{name}: warm"]), "x")
+    report.notes.append(
+        "exec is supervised: a shell of ours kills the command's process group when the worker goes away."
+    )
     return report
+
+
+class _Bare:
+    """One asyncssh connection, used from a thread as the pool is."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        options = {name: config[name] for name in ("host", "port", "username", "known_hosts")}
+        options |= {"client_keys": [config["client_keys"]], "config": None, "agent_path": None}
+        self._connection = loop_thread().run(self._connect(options))
+
+    @staticmethod
+    async def _connect(options: dict[str, Any]) -> asyncssh.SSHClientConnection:
+        return await asyncssh.connect(**options)
+
+    async def _true(self) -> None:
+        result = await self._connection.run("true")
+        assert result.exit_status == 0
+
+    def _once(self) -> float:
+        started = perf_counter()
+        loop_thread().run(self._true())
+        return 1e3 * (perf_counter() - started)
+
+    def run(self) -> float:
+        return p50([self._once() for _ in range(5)])
+
+    def close(self) -> None:
+        loop_thread().loop.call_soon_threadsafe(self._connection.close)
+
+
+def _subprocess() -> float:
+    taken = []
+    for _ in range(5):
+        started = perf_counter()
+        subprocess.run(["/bin/sh", "-c", "true"], check=True)
+        taken.append(1e3 * (perf_counter() - started))
+    return p50(taken)
 
 
 def _once(pool: BackendPoolManager[Any], key: str) -> float:
