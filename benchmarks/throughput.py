@@ -35,49 +35,58 @@ def measure(*, quick: bool) -> Report:
     tasks, rounds, starts = (300, 1, 2) if quick else (1000, 3, 5)
     report = Report("throughput", f"{tasks} empty tasks of {KEYS} keys a round, one node, 8 threads, no results")
     told: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    cpu: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     with scratch() as folder, broker(folder) as url:
         for _ in range(starts):
-            for name, seconds in _one_start(url, tasks, rounds).items():
-                told[name].append(p50(seconds))
-    report.raw |= {"seconds": told, "tasks": tasks, "rounds": rounds}
+            for name, (walls, cpus) in _one_start(url, tasks, rounds).items():
+                told[name].append(p50(walls))
+                cpu[name].append(p50(cpus))
+    report.raw |= {"seconds": told, "CPU seconds of the worker": cpu, "tasks": tasks, "rounds": rounds}
     report.notes.append(
         f"Every contestant was started {starts} times and ran {rounds} rounds each time, of which the median counts:"
         " the same worker started twice differs by up to 15 % for as long as it lives, so the starts decide."
     )
-    _fill(report, told, tasks)
+    _fill(report, told, cpu, tasks)
     return report
 
 
-def _one_start(url: str, tasks: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round, by contestant."""
+def _one_start(url: str, tasks: int, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds of each round and CPU seconds of the worker, by contestant."""
     with ExitStack() as stack:
-        runs = {}
+        runs, contestants = {}, {}
         for number, (name, env) in enumerate(CONTESTANTS.items()):
             contestant = stack.enter_context(Contestant(url, number, env))
+            contestants[name] = contestant
             runs[name] = partial(contestant.round, tasks)
         interleaved(runs, 1)  # threads are started, code is loaded, connections are made
-        return interleaved(runs, rounds)
+        walls = interleaved(runs, rounds)
+        return {name: (walls[name], contestants[name].cpu[1:]) for name in runs}
 
 
-def _fill(report: Report, told: dict[str, list[float]], tasks: int) -> None:
+def _fill(report: Report, told: dict[str, list[float]], cpu: dict[str, list[float]], tasks: int) -> None:
+    plain = _mean(told["plain"], told["plain, a twin"])
+    plain_cpu = _mean(cpu["plain"], cpu["plain, a twin"])
     for name, target in TARGETS.items():
-        remark = spread([a / b for a, b in zip(told["plain"], told[name], strict=True)])
+        remark = spread([a / b for a, b in zip(plain, told[name], strict=True)])
         what = f"{name} shard queues / plain Celery on one queue: tasks per second"
-        report.add(what, ratio(told["plain"], told[name]), "x", target, least=True, remark=remark)
-    for name in TARGETS:
-        what = f"{name} shard queues / plain Celery with acks_late"
-        report.add(what, ratio(told["plain, late ack"], told[name]), "x")
-        what = f"{name} shard queues / plain Celery with its default prefetch multiplier, 4"
-        report.add(what, ratio(told["plain, prefetch 4"], told[name]), "x")
-    report.add("plain Celery / its twin: what noise alone does", ratio(told["plain"], told["plain, a twin"]), "x")
+        report.add(what, ratio(plain, told[name]), "x", target, least=True, remark=remark)
+        report.add("... the same by CPU time of the worker", ratio(plain_cpu, cpu[name]), "x")
+        report.add("... against acks_late on both sides", ratio(told["plain, late ack"], told[name]), "x")
+        report.add("... against Celery's prefetch multiplier, 4", ratio(told["plain, prefetch 4"], told[name]), "x")
+    report.add("plain Celery / its twin: what noise alone does", ratio(told["plain"], told["plain, a twin"]), "x",
+               remark="by CPU time " + format(ratio(cpu["plain"], cpu["plain, a twin"]), ".3g"))  # fmt: skip
     for name, seconds in told.items():
         what = name if name.startswith("plain") else f"{name} shard queue{'s' * (name != '1')}"
-        rate = f"{tasks / p50(seconds):,.0f} tasks/s"
-        report.add(f"cost per task: {what}", 1e3 * p50(seconds) / tasks, "ms", remark=rate)
+        remark = f"{1e3 * p50(cpu[name]) / tasks:.3f} ms CPU; {tasks / p50(seconds):,.0f} tasks/s"
+        report.add(f"cost per task: {what}", 1e3 * p50(seconds) / tasks, "ms", remark=remark)
     report.notes.append(
         "Same threads, concurrency, priority_steps, result settings and prefetch (1 x 8) for all but the row that says"
         " 4; pooled tasks are acknowledged late, plain ones early unless the row says so. No events."
     )
+
+
+def _mean(one: list[float], other: list[float]) -> list[float]:
+    return [(a + b) / 2 for a, b in zip(one, other, strict=True)]
 
 
 class Contestant:
@@ -89,6 +98,7 @@ class Contestant:
         self._env = {**env, "BENCH_BROKER": url, "BENCH_QUEUE": self.queue}
         self._worker = Worker("benchmarks.throughput_app", self.queue, self._env)
         self._redis = redis.Redis.from_url(url)
+        self.cpu: list[float] = []
 
     def __enter__(self) -> Self:
         self._producer = subprocess.Popen(
@@ -114,8 +124,9 @@ class Contestant:
         """Seconds from the first task to the last one."""
         with self._worker.paused():
             self._produce(tasks)
-        took: float = self._worker.until(self._took, "the last task of a round", timeout=60.0)
-        return took
+        wall, cpu = self._worker.until(self._took, "the last task of a round", timeout=60.0)
+        self.cpu.append(cpu)
+        return float(wall)
 
     def _produce(self, tasks: int) -> float:
         assert self._producer.stdin is not None
@@ -124,9 +135,12 @@ class Contestant:
         self._producer.stdin.flush()
         return float(self._producer.stdout.readline())
 
-    def _took(self) -> float | None:
+    def _took(self) -> tuple[float, float] | None:
         found: Any = self._redis.blpop([f"took:{self.queue}"], timeout=1)
-        return float(found[1]) if found else None
+        if not found:
+            return None
+        wall, cpu = found[1].split()
+        return float(wall), float(cpu)
 
 
 def produce() -> None:
