@@ -18,16 +18,7 @@ from typing import Any
 from pool.config import PoolConfig
 from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter, Wake
 from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, PoolError, PoolExhausted
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What is remembered of failed connects of one identity."""
-
-    config: dict[str, Any]
-    attempts: int
-    retry_at: float
-    error: BackendUnavailable
+from pool.failures import FailureMemory, for_each_waiter
 
 
 @dataclass
@@ -49,13 +40,13 @@ class Lifecycle:
 
     def __init__(self, config: PoolConfig, *, jitter: Callable[[], float] = random.random) -> None:
         self.config = config
-        self.jitter = jitter  # -> [0, 1)
+        self._jitter = jitter  # -> [0, 1)
         self.entries: dict[Identity, Entry] = {}  # at most one live entry per identity
         self.idle: OrderedDict[Entry, None] = OrderedDict()
         self.outside: set[Entry] = set()  # keyless or retired: alive, but nobody finds them by identity
         self.closing = 0  # backends that left the pool and are not gone yet: they still count
         self.room: deque[Waiter] = deque()
-        self.failed: dict[Identity, Failure] = {}
+        self.failed = FailureMemory(jitter)
         self.counters = Counters()
         self.shut = False
 
@@ -94,7 +85,10 @@ class Lifecycle:
             if entry is not None:
                 self._join(entry, waiter, now, effects)
                 return
-            self._raise_remembered_failure(waiter, now, effects)
+            error = self.failed.fresh(waiter.identity, waiter.config, now)
+            if error is not None:
+                self._fill_room(now, effects)  # a retired entry may have sent its waiters there
+                raise error
         self.room.append(waiter)
         self._fill_room(now, effects)
 
@@ -105,11 +99,15 @@ class Lifecycle:
             return True
         if entry.state == "connecting" or (now < entry.expires and entry.backend.usable):
             return False
+        self._send_on(entry, effects)
+        return True
+
+    def _send_on(self, entry: Entry, effects: Effects) -> None:
+        """Retire the entry; who waits for it gets a new one, before all who came later."""
         waiting = list(entry.waiters)
         entry.waiters.clear()
         self._retire(entry, effects)
-        self.room.extendleft(reversed(waiting))  # they asked before this one, and for the same thing
-        return True
+        self.room.extendleft(reversed(waiting))
 
     def _join(self, entry: Entry, waiter: Waiter, now: float, effects: Effects) -> None:
         waiter.warm = entry.backend is not None
@@ -122,22 +120,14 @@ class Lifecycle:
         else:
             self._serve(entry, now, effects)
 
-    def _raise_remembered_failure(self, waiter: Waiter, now: float, effects: Effects) -> None:
-        failure = self.failed.get(waiter.identity)
-        if failure is not None and now < failure.retry_at and failure.config == waiter.config:
-            self._fill_room(now, effects)  # a retired entry may have sent its waiters there
-            raise _copy(failure.error, failure.retry_at - now)
-
     def _make_room(self, waiter: Waiter, now: float, effects: Effects) -> bool:
         """Start a new entry for the waiter if the cap allows it, at the cost of the least recently used idle one."""
         first_close: tuple[Any, ...] = ()
         if self.total >= self.config.max_backends:
-            victim = next(iter(self.idle), None)
-            if victim is None:
+            leaving = self._leaving(effects)
+            if leaving is None:
                 return False
-            first_close = (victim.backend,)
-            self.counters.evicted_lru += 1
-            self._forget(victim)
+            first_close = (leaving,)
         entry = Entry(waiter.identity, waiter.config, waiter.override, now, pooled=waiter.pooled)
         entry.preparing = True
         entry.waiters.append(waiter)
@@ -148,6 +138,20 @@ class Lifecycle:
             self.outside.add(entry)
         effects.append(Connect(entry, first_close))
         return True
+
+    def _leaving(self, effects: Effects) -> Any:
+        """Return a backend whose place can be had: one that is to be closed anyway, or the one idle for longest."""
+        for position, effect in enumerate(effects):
+            if isinstance(effect, Close):
+                del effects[position]
+                self.closing -= 1
+                return effect.backend
+        victim = next((entry for entry in self.idle if not _says_busy(entry.backend)), None)
+        if victim is None:
+            return None
+        self.counters.evicted_lru += 1
+        self._forget(victim)
+        return victim.backend
 
     def _gather(self, entry: Entry) -> None:
         """Who waits for room for this very backend needs none of its own any more."""
@@ -212,20 +216,16 @@ class Lifecycle:
             if entry.state == "idle":
                 entry.idle_since = now
                 self.idle[entry] = None
-        if (
-            entry.waiters
-            or entry.state == "retired"
-            or not entry.pooled
-            or now >= entry.expires
-            or self.room
-            or self.shut
-        ):
+        if entry.waiters and entry.state != "retired" and not entry.backend.usable:
+            self._send_on(entry, effects)
+        finished = entry.state == "retired" or not entry.pooled or now >= entry.expires
+        if finished or entry.waiters or self.room or self.shut:
             self._settle(entry, now, effects)
 
     def _settle(self, entry: Entry, now: float, effects: Effects) -> None:
         """After a release or a connect: serve the entry's waiters, close it if it is finished, then fill the room."""
         self._serve(entry, now, effects)
-        if not entry.users and not entry.waiters:
+        if not entry.users and not entry.waiters and entry.state != "closed":
             if entry.state == "retired":
                 self._close(entry, effects)
             elif not entry.pooled or now >= entry.expires or not entry.backend.usable or self.shut:
@@ -274,7 +274,7 @@ class Lifecycle:
             entry.expires = self._expiry(now)
             entry.max_users = backend.capabilities.max_users
             self.counters.connects += 1
-        self.failed.pop(entry.identity, None)
+        self.failed.forget(entry.identity)
         entry.apply("connected")
         if entry.state == "idle":
             entry.idle_since = now
@@ -298,27 +298,17 @@ class Lifecycle:
         reason = error.reason if isinstance(error, BackendUnavailable) else type(error).__name__
         self.counters.failures[reason] = self.counters.failures.get(reason, 0) + 1
         if entry.pooled and isinstance(error, BackendUnavailable):
-            error = self._remember(entry, error, now)
+            error = self.failed.remember(entry.identity, entry.config, error, now, self.config)
         for waiter in entry.waiters:
-            waiter.error = _copy(error) if isinstance(error, BackendUnavailable) else error
+            waiter.error = for_each_waiter(error)
             effects.append(Wake(waiter))
         entry.waiters.clear()
         self._fill_room(now, effects)
 
-    def _remember(self, entry: Entry, error: BackendUnavailable, now: float) -> BackendUnavailable:
-        before = self.failed.get(entry.identity)
-        attempts = before.attempts + 1 if before is not None and before.config == entry.config else 1
-        wait = min(self.config.backoff_max, self.config.backoff_base * 2 ** min(attempts - 1, 30))
-        wait *= 0.5 + self.jitter() / 2  # [0.5, 1): callers that failed together do not come back together
-        # retry_after None means that only a person can help; the host is spared repeated attempts all the same.
-        error = _copy(error, wait)
-        self.failed[entry.identity] = Failure(entry.config, attempts, now + wait, error)
-        return error
-
     def _expiry(self, now: float) -> float:
         if self.config.max_lifetime is None:
             return float("inf")
-        return now + self.config.max_lifetime * (1 - self.config.lifetime_jitter * self.jitter())
+        return now + self.config.max_lifetime * (1 - self.config.lifetime_jitter * self._jitter())
 
     def configure(self, config: PoolConfig, now: float, effects: Effects) -> None:
         """Change the settings; a higher cap lets in who waits for room."""
@@ -381,8 +371,7 @@ class Lifecycle:
                 self.counters.evicted_lru += 1
             self._close(entry, effects)
             evicted.append(entry.identity)
-        for identity in [i for i, f in self.failed.items() if now - f.retry_at > self.config.backoff_max]:
-            del self.failed[identity]
+        self.failed.prune(now, self.config.backoff_max)
         self._fill_room(now, effects)
         return evicted
 
@@ -399,7 +388,7 @@ class Lifecycle:
         for identity, entry in [(i, e) for i, e in self.entries.items() if i[0] == primary]:
             (closed if entry.state == "idle" else retired).append(identity)
             self._retire(entry, effects)
-            self.failed.pop(identity, None)
+            self.failed.forget(identity)
         self._fill_room(now, effects)
         return closed, retired
 
@@ -408,6 +397,9 @@ class Lifecycle:
         if self.shut:
             raise BackendClosed("the pool is closed")
         before = self.entries.get(identity)
+        if before is not None and before.backend is backend:
+            self.touch(before, now)
+            return
         if before is not None:
             self._retire(before, effects)
         entry = Entry(identity, config, None, now, pooled=True)
@@ -438,6 +430,17 @@ class Lifecycle:
         return rest
 
     # -- looking
+
+    def idle_keys(self, since: float) -> list[str]:
+        """Primaries all of whose backends have been idle since *since* or longer."""
+        old: set[str] = set()
+        for entry in self.idle:  # longest idle first
+            if entry.idle_since > since:
+                break
+            old.add(entry.identity[0])
+        if old:
+            old -= {i[0] for i, entry in self.entries.items() if entry.state != "idle" or entry.idle_since > since}
+        return sorted(old)
 
     @property
     def live(self) -> list[Entry]:
@@ -488,21 +491,11 @@ class Lifecycle:
         ages = [entry.idle_since for entry in self.idle]
         assert ages == sorted(ages), "idle map is not ordered by time of release"
         assert self.closing >= 0
-        assert not (self.room and self.idle and self.total <= self.config.max_backends), "room waiter beside idle"
+        spare = [entry for entry in self.idle if not _says_busy(entry.backend)]
+        assert not (self.room and spare and self.total <= self.config.max_backends), "room waiter beside idle"
 
 
 def _says_busy(backend: Any) -> bool:
     with suppress(Exception):  # a backend that cannot even say so is not spared
         return bool(backend.is_busy())
     return False
-
-
-def _copy(error: BackendUnavailable, retry_after: float | None = None) -> BackendUnavailable:
-    """Each waiter raises an exception object of its own, so that tracebacks do not mix.
-
-    ``retry_after`` None in *error* means that only a person can help, and stays.
-    """
-    wait = error.retry_after if retry_after is None or error.retry_after is None else retry_after
-    copy = BackendUnavailable(str(error), error.reason, wait)
-    copy.__cause__ = error.__cause__
-    return copy

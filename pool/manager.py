@@ -8,18 +8,18 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
-from pool.backends.base import Backend
 from pool.borrowing import B, Borrowed, Borrowing
 from pool.config import PoolConfig
+from pool.connector import Connector
 from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter
-from pool.errors import BackendUnavailable, ConfigError, PoolError
+from pool.errors import ConfigError, PoolError
 from pool.keys import check_key
 from pool.lifecycle import Lifecycle
-from pool.runtime import fork_count, loop_thread, was_cancelled
+from pool.runtime import fork_count, loop_thread
 from pool.stats import PoolStats
 
 R = TypeVar("R")
@@ -58,7 +58,6 @@ class BackendPoolManager(Generic[B]):
     ) -> None:
         if not callable(backend_class):
             raise ConfigError(f"backend_class={backend_class!r}: must be a class or function that makes a backend")
-        self._make = backend_class
         self._default_config = dict(default_config or {})
         self._config_for = config_for
         given = {
@@ -70,12 +69,12 @@ class BackendPoolManager(Generic[B]):
         }
         changes = {name: value for name, value in given.items() if value is not None}
         self._life = Lifecycle((settings or PoolConfig()).changed(**changes))
+        self._connector = Connector(backend_class, lambda: self._life.config)
         self._lock = threading.Lock()
         self._fork = fork_count()
         self._periodic_cleanup = enable_periodic_cleanup
         self._reaper: Any = None
         self._preparing: set[asyncio.Task[None]] = set()
-        self._ticking: set[B] = set()  # backends that look after themselves
         self._quiet = threading.Condition(self._lock)  # notified when a pool that shuts down loses an entry
 
     # -- borrowing
@@ -223,21 +222,16 @@ class BackendPoolManager(Generic[B]):
                     self._abandon(effect.waiter)
 
     async def _prepare(self, entry: Entry, first_close: tuple[Any, ...]) -> None:
-        """Make room, then check the entry's backend or connect a new one, then tell the lifecycle."""
+        """Have the connector make the entry ready, then tell the lifecycle how it went."""
         error: PoolError | None = None
         backend: B | None = None
         task = asyncio.current_task()
         assert task is not None
         self._preparing.add(task)
         try:
-            for victim in first_close:
-                await _to_the_end(self._destroy(victim))
-            if entry.state != "closed":  # by a shutdown that came before this began
-                backend = await self._checked(entry) or await self._connect(entry)
-        except BaseException as caught:
-            error = self._as_pool_error(entry, caught)
-            if not isinstance(caught, Exception):
-                raise
+            backend = await self._connector.ready(entry, first_close)
+        except PoolError as caught:
+            error = caught
         finally:
             self._preparing.discard(task)
             with self._deciding() as (now, effects):
@@ -248,74 +242,13 @@ class BackendPoolManager(Generic[B]):
                     self._life.connect_failed(entry, error, now, effects)
                 self._quiet.notify_all()
 
-    async def _checked(self, entry: Entry) -> B | None:
-        """Return the entry's own backend if it is alive; close it if it is not."""
-        backend: B | None = entry.backend
-        if backend is None:
-            return None
-        try:
-            async with asyncio.timeout(self._life.config.connect_timeout):
-                await backend.check()
-            if backend.usable:
-                return backend
-        except Exception as error:
-            logger.info("backend %r of key %r failed its check: %s", entry.identity[1], entry.identity[0], error)
-        await _to_the_end(self._destroy(backend))
-        return None
-
-    async def _connect(self, entry: Entry) -> B:
-        backend = self._make(**entry.config)
-        started = monotonic()
-        try:
-            async with asyncio.timeout(self._life.config.connect_timeout):
-                await backend.connect()
-        except BaseException as error:
-            await _to_the_end(self._destroy(backend))  # whoever opened it half closes it
-            if isinstance(error, TimeoutError):
-                seconds = self._life.config.connect_timeout
-                raise BackendUnavailable(f"no connection within {seconds:g} s", "timeout", 0.0) from error
-            raise
-        logger.info(
-            "backend %r of key %r connected in %.0f ms",
-            entry.identity[1],
-            entry.identity[0],
-            1e3 * (monotonic() - started),
-        )
-        self._watch(backend)
-        return backend
-
-    def _watch(self, backend: B) -> None:
-        if type(backend).tick_health is not Backend.tick_health:
-            self._ticking.add(backend)
-
-    def _as_pool_error(self, entry: Entry, caught: BaseException) -> PoolError:
-        if isinstance(caught, PoolError):
-            return caught
-        message = f"backend {entry.identity[1]!r} of key {entry.identity[0]!r}: {type(caught).__name__}: {caught}"
-        error = BackendUnavailable(message, "setup", 0.0)
-        error.__cause__ = caught
-        return error
-
     async def _close(self, backend: B) -> None:
         try:
-            await self._destroy(backend)
+            await self._connector.destroy(backend)
         finally:
             with self._deciding() as (now, effects):
                 self._life.gone(now, effects)
                 self._quiet.notify_all()
-
-    async def _destroy(self, backend: B) -> None:
-        """Close one backend, bounded; log what goes wrong, for nobody is there to catch it."""
-        self._ticking.discard(backend)
-        try:
-            async with asyncio.timeout(self._life.config.close_timeout):
-                await backend.adestroy()
-        except asyncio.CancelledError:
-            if was_cancelled():
-                raise
-            logger.exception("closing %r failed", backend)
-        except Exception:
-            logger.exception("closing %r failed", backend)
 
     def _refuse_fork(self) -> None:
         if self._fork != fork_count():
@@ -378,7 +311,7 @@ class BackendPoolManager(Generic[B]):
         identity = (primary if primary == SHARED else check_key(primary), agent)
         with self._deciding() as (now, effects):
             self._life.register(identity, self._effective(identity, None), backend, now, effects)
-            self._watch(backend)
+            self._connector.watch(backend)
 
     def health(self) -> dict[str, int]:
         """``{"size": live backends, "busy": those in use}``."""
@@ -405,25 +338,12 @@ class BackendPoolManager(Generic[B]):
     async def asweep(self, now: float | None = None) -> list[Identity]:
         """`sweep` for any event loop."""
         self._refuse_fork()
-        await loop_thread().arun(self._tick_health())
+        await loop_thread().arun(self._connector.tick_health())
         with self._lock:
             effects: Effects = []
             evicted = self._life.sweep(monotonic() if now is None else now, effects)
         await self._carry_out_and_wait(effects)
         return evicted
-
-    async def _tick_health(self) -> None:
-        """Let each backend that wants to look after itself do so; bounded, side by side."""
-        now = monotonic()
-
-        async def tick(backend: B) -> None:
-            try:
-                async with asyncio.timeout(self._life.config.connect_timeout):
-                    await backend.tick_health(now)
-            except Exception:
-                logger.exception("health check of %r failed", backend)
-
-        await asyncio.gather(*(tick(backend) for backend in list(self._ticking)))
 
     async def _carry_out_and_wait(self, effects: Effects) -> None:
         """Carry out; return when everything that had to be closed is gone."""
@@ -454,12 +374,7 @@ class BackendPoolManager(Generic[B]):
         """Return the keys all of whose backends have been idle for *idle_for* seconds."""
         self._refuse_fork()
         with self._lock:
-            since = monotonic() - idle_for
-            old: set[str] = set()
-            fresh = {SHARED}
-            for (primary, _), entry in self._life.entries.items():
-                (old if entry.state == "idle" and entry.idle_since <= since else fresh).add(primary)
-        return sorted(old - fresh)
+            return [key for key in self._life.idle_keys(monotonic() - idle_for) if key != SHARED]
 
     def start_reaper(self) -> None:
         """Sweep every ``cleanup_interval`` seconds. Called by the first acquire unless periodic cleanup is off."""
@@ -525,13 +440,3 @@ class BackendPoolManager(Generic[B]):
     def __repr__(self) -> str:
         counts = ", ".join(f"{n} {what}" for what, n in self._life.counts.items())
         return f"<BackendPoolManager {counts}>"
-
-
-async def _to_the_end(cleanup: Coroutine[Any, Any, None]) -> None:
-    """Await a bounded clean-up; a cancellation of the caller waits for it."""
-    task = asyncio.ensure_future(cleanup)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise

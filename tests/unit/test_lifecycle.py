@@ -381,12 +381,74 @@ def test_a_busy_backend_survives_the_lru_cap():
 def test_a_backend_that_is_being_closed_keeps_its_place():
     """The next one waits until it is gone."""
     world = World(max_backends=1)
-    world.rest("a", config={"n": 1})
-    world.ask("a", config={"n": 2})
+    world.rest("a")
+    world.life.close_key("a", world.now, world.effects)
+    assert len(world.take(Close)) == 1
+    world.ask("b")
     assert world.take(Connect) == []
     assert world.life.total == 1
-    assert len(world.closed()) == 1
+    world.life.gone(world.now, world.effects)
     assert len(world.take(Connect)) == 1
+
+
+def test_a_changed_config_takes_the_place_of_the_old_backend():
+    """In a full pool nobody else is evicted for it."""
+    world = World(max_backends=2)
+    old, other = world.rest("a", config={"n": 1}), world.rest("b")
+    world.ask("a", config={"n": 2})
+    [connect] = world.take(Connect)
+    assert connect.first_close == (old.backend,)
+    assert world.take(Close) == []
+    assert other.state == "idle"
+    assert world.life.total == 2
+
+
+def test_room_is_never_made_by_a_backend_that_says_it_is_busy():
+    """The next one that was idle for longest goes instead; without one the newcomer waits."""
+    world = World(max_backends=2)
+    working, resting = world.rest("a"), world.rest("b")
+    working.backend.working = True
+    world.ask("c")
+    [connect] = world.take(Connect)
+    assert connect.first_close == (resting.backend,)
+    assert working.state == "idle"
+    waiter = world.ask("d")
+    assert world.take(Connect) == []
+    world.life.give_up(waiter, None, world.now, world.effects)
+
+
+def test_a_backend_that_is_lost_in_use_is_not_handed_on():
+    """Who waited for a turn on it gets a new one."""
+    world = World()
+    entry = world.hold(thing=Thing(max_users=1))
+    waiter = world.ask()
+    entry.backend.usable = False
+    world.release(entry)
+    assert waiter.entry is None
+    assert world.take(Close)[0].backend is entry.backend
+    world.connect()
+    assert waiter.entry is not None
+    assert waiter.entry is not entry
+
+
+def test_each_waiter_gets_an_error_of_its_own():
+    """Tracebacks of callers that failed together do not mix, whatever the error."""
+    world = World()
+    waiters = [world.ask(), world.ask()]
+    world.fail(ConfigError("host: unknown"))
+    errors = [waiter.error for waiter in waiters]
+    assert [str(error) for error in errors] == ["host: unknown"] * 2
+    assert errors[0] is not errors[1]
+
+
+def test_registering_the_same_backend_again_keeps_it():
+    """It counts as a use."""
+    world = World()
+    thing = Thing()
+    for _ in range(2):
+        world.life.register(("a", "x"), {}, thing, world.now, world.effects)
+    assert world.take(Close) == []
+    assert len(world.life.idle) == 1
 
 
 def test_a_failed_connect_frees_its_place():
@@ -966,7 +1028,8 @@ def test_a_check_that_nobody_waits_for_keeps_its_place_until_it_ends():
     assert world.take(Close) == []
     assert [effect.entry for effect in world.effects if isinstance(effect, Connect)] == [entry]
     world.connect(Thing("new"))
-    assert [thing.name for thing in world.closed()] == ["new"]
+    [connect] = [effect for effect in world.effects if isinstance(effect, Connect)]
+    assert [thing.name for thing in connect.first_close] == ["new"]
     world.connect()
     assert waiter.entry is not None
 

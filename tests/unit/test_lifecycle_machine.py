@@ -209,6 +209,8 @@ class LifecycleMachine(RuleBasedStateMachine):
             thing.usable = False
         else:
             thing.working = what == "working"
+            # Nobody tells the lifecycle; what waits is looked at with the next event, at the latest a sweep.
+            self.decide(lambda effects: self.life.configure(self.life.config, self.now, effects))
 
     def pick(self, which: int) -> Thing:
         """Return one of the live backends, the same one in each run."""
@@ -275,7 +277,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         waiting = list(self.life.room)
         if waiting:
             assert self.life.total >= self.life.config.max_backends, "there is room"
-            assert not self.life.idle, "an idle backend could make room"
+            assert all(e.backend.working for e in self.life.idle), "an idle backend could make room"
         for entry in self.life.live:
             waiting.extend(entry.waiters)
             if entry.waiters and entry not in under_way:

@@ -859,7 +859,7 @@ def test_every_sweep_lets_backends_look_after_themselves(pools):
     pool.sweep()
     assert farm.ticks == 4
     pool.dispose()
-    assert not pool._ticking
+    assert not pool._connector._watched
 
 
 def test_a_failing_health_check_stops_no_sweep(pools, caplog, monkeypatch):
