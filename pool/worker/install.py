@@ -14,6 +14,7 @@ from pool.hosts import Hosts, make_backend
 from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
 from pool.worker.router import ShardRouter
+from pool.worker.transport import ShardConnection
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def install(
     to 1. Raises `ConfigError`.
     """
     settings = settings or Settings.from_env()
-    extension = WarmPool(settings, backend_class, default_config)
+    extension = WarmPool(app, settings, backend_class, default_config)
     app.warm_pool = extension
     own_routes = app.conf.task_routes or ()
     if not isinstance(own_routes, list | tuple):
@@ -47,6 +48,7 @@ def install(
         worker_prefetch_multiplier=1,
         beat_schedule={**extension.beat_schedule(), **app.conf.beat_schedule},
     )
+    app.amqp.Connection = ShardConnection
     for queue in extension.router.queues:
         app.amqp.queues.add(queue)  # known by name (a retry names it); consumed only where the bootstep says so
     from pool.worker import maintenance  # noqa: F401 - registers its shared tasks
@@ -61,12 +63,13 @@ class WarmPool:
 
     def __init__(
         self,
+        app: Celery,
         settings: Settings,
         backend_class: Callable[..., Backend] | None,
         default_config: Mapping[str, Any] | None,
     ) -> None:
         self.settings = settings
-        self.router = ShardRouter(settings)
+        self.router = ShardRouter(settings, lambda name: app.tasks.get(name))  # noqa: PLW0108 - tasks may come later
         self.closing = False
         self._owned = frozenset(settings.owned_shards)
         self._lock = threading.Lock()

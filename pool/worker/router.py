@@ -1,6 +1,6 @@
 """Celery's route for a keyed task: argument or header -> key -> shard -> queue."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kombu import Exchange, Queue
@@ -15,10 +15,14 @@ KEY_HEADER = "pool_key"
 
 
 class ShardRouter:
-    """A router for ``task_routes``; returns None for tasks that have no key."""
+    """A router for ``task_routes``; returns None for tasks that have no key.
 
-    def __init__(self, settings: Settings) -> None:
+    *find_task* looks up a task that was sent by its name; without it only a header tells such a task's key.
+    """
+
+    def __init__(self, settings: Settings, find_task: Callable[[str], Any] = lambda _: None) -> None:
         self.settings = settings
+        self._find_task = find_task
         exchange = Exchange(f"{settings.namespace}.shard", type="direct", durable=True)
         self.queues = [
             Queue(name, exchange, routing_key=name, durable=True)
@@ -36,7 +40,7 @@ class ShardRouter:
     ) -> dict[str, Any] | None:
         """Return ``{"queue": ...}``. Raises `InvalidKey` for a keyed task without a usable key."""
         header = (options.get("headers") or {}).get(KEY_HEADER)
-        shard = self._shard(name, args or (), kwargs or {}, header, task)
+        shard = self._shard(name, args or (), kwargs or {}, header, task or self._find_task(name))
         if shard is None:
             return None
         queue = self.queues[shard]
@@ -74,9 +78,11 @@ class ShardRouter:
         return shard
 
     def _check_explicit_queue(self, name: str, options: Mapping[str, Any], queue: Queue) -> None:
-        given = options.get("queue")
-        given = getattr(given, "name", given)
-        if given not in (None, queue.name) and not str(given).startswith(f"{self.settings.namespace}.shard."):
-            raise ConfigError(
-                f"task {name} goes to the queue of its key, {queue.name}: queue={given!r} cannot be honoured"
-            )
+        """Refuse a destination of the caller's own; the shard queue that a retry names may be an outdated one."""
+        for option in ("queue", "routing_key"):
+            given = options.get(option)
+            given = getattr(given, "name", given)
+            if given is not None and not str(given).startswith(f"{self.settings.namespace}.shard."):
+                raise ConfigError(
+                    f"task {name} goes to the queue of its key, {queue.name}: {option}={given!r} cannot be honoured"
+                )

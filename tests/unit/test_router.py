@@ -114,6 +114,18 @@ def test_a_signature_a_chain_and_a_group_are_routed_by_their_own_keys(app):
     assert sorted(queue for queue, _ in messages(app)) == sorted(queue_of(key) for key in ("u1", "u2", "u4", "u5"))
 
 
+def test_a_task_that_is_sent_by_its_name_is_routed_alike(app):
+    """``send_task`` of a task that this producer knows needs no header."""
+    app.send_task("tests.router.shared", ("u1",))
+    assert sent(app) == queue_of("u1")
+
+
+def test_a_routing_key_of_ones_own_is_refused(app):
+    """As a queue: the key decides."""
+    with pytest.raises(ConfigError, match="routing_key='mine' cannot be honoured"):
+        keyed(app).apply_async(("ls", "u1"), routing_key="mine")
+
+
 def test_the_header_is_the_key_of_a_task_that_declares_none(app):
     """And stays in the message."""
 
