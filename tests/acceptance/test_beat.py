@@ -79,7 +79,7 @@ def test_beat_evicts_a_backend_that_was_idle_for_too_long(
     assert connections(sshd.pid) == 2
     beat(chat_ttl=3600.0)
     wait_until(lambda: connections(sshd.pid) == 1, "the idle connection is closed", 60.0)
-    assert f"'evicted': [['{key}', 'default']]" in node.logs()
+    node.wait_for(f"'evicted': [['{key}', 'default']]")
     gate.open()
     assert running.get(timeout=60)["output"] == "built\n"
     wait_until(lambda: connections(sshd.pid) == 0, "the other one, once it is idle", 60.0)
