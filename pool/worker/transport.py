@@ -12,6 +12,7 @@ from typing import Any
 
 from kombu import Connection
 from kombu.transport import redis
+from redis.exceptions import ConnectionError  # noqa: A004 - kombu's connection errors name this one
 
 
 class ShardChannel(redis.Channel):
@@ -25,7 +26,14 @@ class ShardChannel(redis.Channel):
         super().__init__(*args, **kwargs)
 
     def _create_client(self, asynchronous: bool = False) -> Any:
-        """Return one client for all commands; asynchronous ones are tied to a connection and stay apart."""
+        """Return one client for all commands; asynchronous ones are tied to a connection and stay apart.
+
+        A closed channel raises what the worker takes for a lost connection. kombu 5.7 raises AttributeError there,
+        which ends a worker whose task is done after the broker has gone, or that gives messages back then. Nothing is
+        lost: the server keeps what is unacknowledged, and delivers it again.
+        """
+        if self.connection is None or self.connection.client is None:
+            raise ConnectionError("the channel is closed")
         if asynchronous:
             return super()._create_client(asynchronous=True)
         client = self._kept_client

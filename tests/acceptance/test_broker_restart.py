@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import pytest
-
 from tests.support.celery_nodes import WorkerNode
 from tests.support.site import RESULT_TIMEOUT, Gate, Producer
 from tests.support.waiting import wait_until
@@ -23,11 +21,6 @@ def test_nodes_go_on_serving_after_the_broker_was_restarted(
         assert (built["pid"], built["warm"]) == (before[key], True)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="kombu 5.7.0 with Redis: a node with an unacknowledged message ends when the broker is gone"
-    " (AttributeError: 'NoneType' object has no attribute 'hostname', from restore_unacked of a closed transport)",
-)
 def test_a_node_with_a_running_build_outlives_an_outage_of_the_broker(
     start: Callable[..., WorkerNode], producer: Producer, gate: Gate, key: str
 ) -> None:

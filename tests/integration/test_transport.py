@@ -177,3 +177,12 @@ def test_the_command_on_the_wire_is_kombus_own(connection: ShardConnection, monk
         channel.pool.release(wire)
     assert wires[ShardChannel] == wires[kombu_redis.Channel]
     assert wires[ShardChannel].startswith(b"*6\r\n$5\r\nBRPOP\r\n")
+
+
+def test_a_closed_channel_says_so_as_a_lost_connection(url: str, server: redis.Redis) -> None:
+    """The worker knows how to go on after that, and not after an AttributeError."""
+    with ShardConnection(url, transport_options=OPTIONS) as connection:
+        channel = connection.default_channel
+        errors = connection.connection_errors
+    with pytest.raises(errors, match="the channel is closed"):
+        channel._create_client()
