@@ -72,6 +72,7 @@ class LocalFilesystemBackend(WorkspaceBackend):
         except OSError as error:
             raise FileOperationFailed.of(error.errno or 0, "start of", command[:80]) from error
         self._running.add(running)
+        running.write(shell.setup)
         try:
             code = await running.ended()
         finally:
@@ -217,6 +218,11 @@ class _Command(asyncio.SubprocessProtocol):
         if code is not None and not self._open_pipes and not self._ended.done():
             self._ended.set_result(code if code >= 0 else 128 - code)
             self._transport.close()
+
+    def write(self, data: bytes) -> None:
+        """Send *data* to the command's lifeline."""
+        if data:
+            self._transport.get_pipe_transport(0).write(data)
 
     async def ended(self) -> int:
         """Return the exit code; cancelled, kill the process group first."""

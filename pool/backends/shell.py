@@ -20,30 +20,35 @@ KILL_GRACE = 0.5
 
 _NOTICE_CODE = 254
 
+_ARGUMENT_LIMIT = 60_000
+"""Bytes, quoted. A longer command goes through stdin: Linux takes at most 128 KiB in one argument ..."""
+_SHELL_LIMIT = 30_000
+"""... and so does the command's own shell: one with more characters, of at most 4 bytes, is read as a file."""
+
 # $1 command  $2 folder  $3 root  $4 token  $5 "s" if a line of setup comes first on stdin
 _SCRIPT = f"""\
 exec 3<&0 </dev/null
-cmd=$1
-if [ "$5" = s ]; then IFS= read -r line <&3; eval "$(printf %b "$line")"; fi
+if [ "$5" = s ]; then IFS= read -r _pool_line <&3 || exit {_NOTICE_CODE}; eval "$(printf %b "$_pool_line")"; fi
 cd -P -- "$2" 2>/dev/null || {{ echo "$4 cwd" >&2; exit {_NOTICE_CODE}; }}
 case "${{PWD%/}}/" in "${{3%/}}"/*) ;; *) echo "$4 escape $PWD" >&2; exit {_NOTICE_CODE};; esac
-( trap "" TERM HUP INT; read -r x <&3; kill -s USR1 $$; kill -s TERM -- -$$
-  sleep {KILL_GRACE}; kill -s KILL -- -$$ ) >/dev/null 2>&1 &
-guard=$!
+( trap "" TERM HUP INT; read -r _pool_line <&3; kill -s USR1 "$$"; kill -s TERM -- "-$$"
+  sleep {KILL_GRACE}; kill -s KILL -- "-$$" ) >/dev/null 2>&1 &
+_pool_guard=$!
 exec 3<&-
-ended=
-trap ended=1 USR1
+_pool_ended=
+trap _pool_ended=1 USR1
 trap : TERM
-/bin/sh -c "$cmd"
-code=$?
-[ -n "$ended" ] && wait $guard
-kill -s KILL $guard 2>/dev/null
-exit $code
+if [ "${{#1}}" -le {_SHELL_LIMIT} ]; then /bin/sh -c "$1"; else /bin/sh -c ". /dev/fd/9" /bin/sh 9<<POOL
+$1
+POOL
+fi
+_pool_code=$?
+[ -n "$_pool_ended" ] && wait "$_pool_guard"
+kill -s KILL "$_pool_guard" 2>/dev/null
+exit "$_pool_code"
 """
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ARGUMENT_LIMIT = 60_000
-"""A longer command goes through stdin: Linux takes at most 128 KiB in one argument."""
 
 
 class ShellCommand:
@@ -55,9 +60,10 @@ class ShellCommand:
         self.token = secrets.token_hex(8)
         self.setup = b""
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
-        if exports or len(command) > _ARGUMENT_LIMIT:
+        quoted = shlex.quote(command)
+        if exports or len(quoted.encode("utf-8", "surrogateescape")) > _ARGUMENT_LIMIT:
             # Through stdin, where no `ps` shows it; escaped into one line for `read` and `printf %b`.
-            script = f"{exports}cmd={shlex.quote(command)}\n"
+            script = f'{exports}shift; set -- {quoted} "$@"\n'
             self.setup = _escape(script.encode("utf-8", "surrogateescape")) + b"\n"
             command = ""
         self.argv = [
