@@ -84,19 +84,27 @@ class Channels:
                     await session.kill()
                 raise
             except asyncssh.ChannelOpenError as error:
-                if connection.is_closed():
-                    self.give_back()
-                    raise
-                if not self.refused():
-                    text = f"the server refuses every channel: {error.reason} (MaxSessions?)"
-                    raise BackendUnavailable(text, "sessions", 0.0) from error
-            except asyncssh.Error:
+                self._refusal(connection, session, error)
+            except Exception:
                 if not session.started:
                     self.give_back()
                 raise
             else:
                 session.write(setup)
                 return
+
+    def _refusal(
+        self, connection: asyncssh.SSHClientConnection, session: "CommandSession", error: asyncssh.ChannelOpenError
+    ) -> None:
+        """Raise what a channel that was not opened means, unless waiting for another one can help."""
+        if session.started:  # its channel was opened, and is closed again
+            raise BackendUnavailable(f"the server refuses to run commands: {error.reason}", "setup", None) from error
+        if connection.is_closed():
+            self.give_back()
+            raise error
+        if not self.refused():
+            text = f"the server refuses every channel: {error.reason} (MaxSessions?)"
+            raise BackendUnavailable(text, "sessions", 0.0) from error
 
     @staticmethod
     def _close_late(opening: "asyncio.Future[Any]") -> None:
@@ -165,6 +173,8 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
         """Let go of the lifeline, so that the supervising shell kills the group, and wait until it is gone."""
         if self._ended.done():
             return
+        self._capture.detach()
+        self._channel.resume_reading()  # a channel that waits for a slow reader would not tell its end
         self._channel.write_eof()
         done, _ = await asyncio.wait({self._ended}, timeout=_KILL_PATIENCE)
         if not done:

@@ -234,6 +234,9 @@ class _Command(asyncio.SubprocessProtocol):
 
     async def kill(self) -> None:
         """Let go of the lifeline, so that the supervising shell kills the group; make sure of it."""
+        self._capture.detach()
+        for fd in self._open_pipes:  # a pipe that waits for a slow reader would not tell its end
+            self._transport.get_pipe_transport(fd).resume_reading()
         self._transport.get_pipe_transport(0).close()
         done, _ = await asyncio.wait({self._ended}, timeout=_KILL_PATIENCE)
         if not done:

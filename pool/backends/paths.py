@@ -25,6 +25,8 @@ def normalise(path: Any, root: str) -> str:
         text = os.fsdecode(text)
     if "\x00" in text:
         raise ConfigError(f"path={text!r}: must not contain a NUL character")
+    if not encodable(text):
+        raise ConfigError(f"path={text!r}: must not contain a lone surrogate")
     if not text:
         raise ConfigError("path='': must not be empty; '.' is the root")
     if inside(posixpath.normpath(text), root):
@@ -33,6 +35,15 @@ def normalise(path: Any, root: str) -> str:
     if relative == ".." or relative.startswith("../"):
         raise PathEscapeError(f"path {path!r} leaves the root {root!r}")
     return relative
+
+
+def encodable(text: str) -> bool:
+    """Whether *text* has a form in bytes: UTF-8, or what `os.fsdecode` makes of bytes that are none."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def inside(path: str, root: str) -> bool:

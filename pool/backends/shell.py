@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from pool.backends.paths import refuse_outside
+from pool.backends.paths import encodable, refuse_outside
 from pool.errors import ConfigError, FileOperationFailed, PathEscapeError
 
 KILL_GRACE = 0.5
@@ -34,14 +34,16 @@ case "${{PWD%/}}/" in "${{3%/}}"/*) ;; *) echo "$4 escape $PWD" >&2; exit {_NOTI
 ( trap "" TERM HUP INT; read -r _pool_line <&3; kill -s USR1 "$$"; kill -s TERM -- "-$$"
   sleep {KILL_GRACE}; kill -s KILL -- "-$$" ) >/dev/null 2>&1 &
 _pool_guard=$!
-exec 3<&-
+exec 3<&- 4>&2 2>/dev/null
 _pool_ended=
 trap _pool_ended=1 USR1
 trap : TERM
-if [ "${{#1}}" -le {_SHELL_LIMIT} ]; then /bin/sh -c "$1"; else /bin/sh -c ". /dev/fd/9" /bin/sh 9<<POOL
+( exec 2>&4 4>&-
+  if [ "${{#1}}" -le {_SHELL_LIMIT} ]; then exec /bin/sh -c "$1"; fi
+  exec /bin/sh -c ". /dev/fd/9" /bin/sh 9<<POOL
 $1
 POOL
-fi
+)
 _pool_code=$?
 [ -n "$_pool_ended" ] && wait "$_pool_guard"
 kill -s KILL "$_pool_guard" 2>/dev/null
@@ -61,11 +63,12 @@ class ShellCommand:
         self.setup = b""
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
         quoted = shlex.quote(command)
-        if exports or len(quoted.encode("utf-8", "surrogateescape")) > _ARGUMENT_LIMIT:
+        length = len(quoted.encode("utf-8", "surrogateescape"))
+        if exports or length > _ARGUMENT_LIMIT or not _is_text(command + folder + root):
             # Through stdin, where no `ps` shows it; escaped into one line for `read` and `printf %b`.
-            script = f'{exports}shift; set -- {quoted} "$@"\n'
+            script = f'{exports}shift 3; set -- {shlex.join([command, folder, root])} "$@"\n'
             self.setup = _escape(script.encode("utf-8", "surrogateescape")) + b"\n"
-            command = ""
+            command = folder = root = ""
         self.argv = [
             "/bin/sh",
             "-c",
@@ -94,6 +97,15 @@ class ShellCommand:
         raise PathEscapeError(f"cwd {self.folder!r} leaves the root {self.root!r}")
 
 
+def _is_text(text: str) -> bool:
+    """Whether SSH can carry it, which knows UTF-8 only."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_command(command: Any) -> str:
     """Return *command*, or raise `ConfigError`."""
     if not isinstance(command, str):
@@ -102,6 +114,8 @@ def check_command(command: Any) -> str:
         raise ConfigError("command is empty")
     if "\x00" in command:
         raise ConfigError(f"command={command[:80]!r}: must not contain a NUL character")
+    if not encodable(command):
+        raise ConfigError(f"command={command[:80]!r}: must not contain a lone surrogate")
     return command
 
 
@@ -115,6 +129,8 @@ def check_env(env: Mapping[str, Any] | None) -> dict[str, str]:
             raise ConfigError(f"env {name}: its value must be text, not {type(value).__name__}")
         if "\x00" in value:
             raise ConfigError(f"env {name}: its value must not contain a NUL character")
+        if not encodable(value):
+            raise ConfigError(f"env {name}: its value must not contain a lone surrogate")
         checked[name] = value
     return checked
 

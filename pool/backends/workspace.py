@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pool.backends.base import Backend
-from pool.backends.output import Capture, Decoder, DirectSink, ExecResult, OnOutput, Sink, ThreadSink
+from pool.backends.output import Capture, Decoder, DirectSink, ExecResult, OnOutput, Sink, ThreadSink, check_encoding
 from pool.backends.paths import normalise
 from pool.backends.shell import check_command, check_env
 from pool.config import check_number
@@ -134,6 +134,7 @@ class Workspace(ABC):
         """
         if on_output is None:
             return loop_thread().run(self._exec(command, cwd, env, timeout, check, None, encoding))
+        check_encoding(encoding)
         sink = ThreadSink(Decoder(on_output, encoding))
         return sink.drive(loop_thread().spawn(self._exec(command, cwd, env, timeout, check, sink, encoding)))
 
@@ -149,6 +150,7 @@ class Workspace(ABC):
         encoding: str | None = "utf-8",
     ) -> ExecResult[Any]:
         """`exec` for any event loop; *on_output* is called on the pool's own loop and must not block it."""
+        check_encoding(encoding)
         decoder = Decoder(on_output, encoding) if on_output is not None else None
         sink = DirectSink(decoder) if decoder is not None else None
         result = await loop_thread().arun(self._exec(command, cwd, env, timeout, check, sink, encoding))
@@ -167,6 +169,7 @@ class Workspace(ABC):
         encoding: str | None,
     ) -> ExecResult[Any]:
         check_command(command)
+        check_encoding(encoding)
         own_env = check_env(env)
         if timeout is not None:
             check_number("timeout", timeout, "must be more than 0, or None for no limit")
@@ -202,6 +205,7 @@ class Workspace(ABC):
         return await loop_thread().arun(self._read(path, encoding))
 
     async def _read(self, path: str, encoding: str | None) -> Any:
+        check_encoding(encoding)
         data = await self._on(path, self._driver.read_file)
         return data if encoding is None else data.decode(encoding, errors="replace")
 

@@ -8,7 +8,7 @@ import pytest
 
 from pool.errors import CommandFailed, ConfigError, FileMissing, PathEscapeError
 
-NASTY = "it's \"quoted\" $HOME `id` \\n \\\\ %s %% \t;&|<>(){}*?[]~#! é ☃ 𝄞"
+NASTY = 'it\'s "quoted" $HOME `id` \\n \\\\ %s %% \t;&|<>(){}*?[]~#! é ☃ 𝄞'
 
 
 def test_stdout_stderr_and_exit_code_arrive_unmixed(backend):
