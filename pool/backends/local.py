@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pool.backends.base import Capabilities
 from pool.backends.output import Capture, Stream
-from pool.backends.paths import refuse_outside
+from pool.backends.paths import refuse_nested, refuse_outside
 from pool.backends.shell import KILL_GRACE, ShellCommand, check_env
 from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
 from pool.config import check_number
@@ -143,7 +143,7 @@ class LocalFilesystemBackend(WorkspaceBackend):
 
 def _real(place: Place, *, follow: bool = True) -> str:
     """Return the path without symlinks (without *follow* the last one stays) if it is inside its root."""
-    root = os.path.realpath(place.root)
+    root = refuse_nested([os.path.realpath(path) for path in (*place.outer, place.root)], place.path)
     if follow or place.path == ".":
         real = os.path.realpath(place.full)
     else:

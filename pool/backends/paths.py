@@ -7,6 +7,7 @@ Symlinks are checked by the backends that have them, with `inside`.
 
 import os
 import posixpath
+from itertools import pairwise
 from typing import Any
 
 from pool.errors import ConfigError, PathEscapeError
@@ -55,3 +56,10 @@ def refuse_outside(real: str, real_root: str, path: str) -> None:
     """Raise `PathEscapeError` unless *real*, the symlink-free form of *path*, is under *real_root*."""
     if not inside(real, real_root):
         raise PathEscapeError(f"path {path!r} leaves the root through a symlink, to {real!r}")
+
+
+def refuse_nested(real_roots: list[str], path: str) -> str:
+    """Return the last of *real_roots*; raise `PathEscapeError` unless each is inside the one before."""
+    for outer, inner in pairwise(real_roots):
+        refuse_outside(inner, outer, path)
+    return real_roots[-1]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import asyncssh
 from asyncssh import constants
 
-from pool.backends.paths import refuse_outside
+from pool.backends.paths import inside, refuse_nested, refuse_outside
 from pool.backends.workspace import FileStat, Place
 from pool.errors import FileOperationFailed
 
@@ -91,7 +91,7 @@ class RemoteFiles:
             if not stat_bits.S_ISDIR(mode):
                 await sftp.remove(real)
             elif recursive:
-                await sftp.rmtree(real)
+                await _remove_tree(sftp, real)
             else:
                 await sftp.rmdir(real)
 
@@ -159,7 +159,7 @@ class RemoteFiles:
                 while self._client is None:
                     await channels.take()
                     try:
-                        self._client = await connection.start_sftp_client()
+                        self._client = await connection.start_sftp_client(path_errors="surrogateescape")
                     except asyncssh.ChannelOpenError:
                         if connection.is_closed() or not channels.refused():
                             raise
@@ -174,18 +174,14 @@ async def _real(sftp: asyncssh.SFTPClient, place: Place, *, follow: bool = True)
 
     Without *follow* the last part stays as it is, symlink or not.
     """
-    if place.path == ".":
-        return await _resolve(sftp, place.root)
-    if follow:
+    if follow or place.path == ".":
         real = await _resolve(sftp, place.full)
     else:
         folder, name = posixpath.split(place.full)
         real = posixpath.join(await _resolve(sftp, folder), name)
-    root = place.root
-    try:
-        refuse_outside(real, root, place.path)
-    except Exception:
-        refuse_outside(real, await _resolve(sftp, root), place.path)  # the root of a scope may be a symlink itself
+    if not inside(real, place.root):  # the root of a scope may be reached by a symlink itself
+        roots = [await _resolve(sftp, root) for root in (*place.outer, place.root)]
+        refuse_outside(real, refuse_nested(roots, place.path), place.path)
     return real
 
 
@@ -202,6 +198,20 @@ async def _resolve(sftp: asyncssh.SFTPClient, path: str) -> str:
             missing.append(name)
         else:
             return posixpath.join(real, *reversed(missing))
+
+
+async def _remove_tree(sftp: asyncssh.SFTPClient, folder: str) -> None:
+    """Like asyncssh's `rmtree`, which refuses names with a backslash."""
+    for entry in await sftp.readdir(folder):
+        name = str(entry.filename)
+        if name in (".", ".."):
+            continue
+        path = posixpath.join(folder, name)
+        if stat_bits.S_ISDIR((await sftp.lstat(path)).permissions or 0):
+            await _remove_tree(sftp, path)
+        else:
+            await sftp.remove(path)
+    await sftp.rmdir(folder)
 
 
 async def _mode(sftp: asyncssh.SFTPClient, path: str) -> int | None:

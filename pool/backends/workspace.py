@@ -5,6 +5,7 @@ their arguments and the path rules, then hand over to a `Driver`, which does the
 """
 
 import asyncio
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pool.backends.output import Capture, Decoder, DirectSink, ExecResult, OnOut
 from pool.backends.paths import normalise
 from pool.backends.shell import check_command, check_env
 from pool.config import check_number
-from pool.errors import CommandFailed, CommandTimeout, ConfigError, FileMissing
+from pool.errors import CommandFailed, CommandTimeout, ConfigError, FileOperationFailed
 from pool.runtime import loop_thread
 
 if TYPE_CHECKING:
@@ -40,10 +41,14 @@ class FileStat:
 
 @dataclass(frozen=True)
 class Place:
-    """A path that has passed the rules: ``path`` relative to ``root``, which is absolute."""
+    """A path that has passed the rules: ``path`` relative to ``root``, which is absolute.
+
+    ``outer``: the roots that ``root`` itself must be inside, symlinks resolved; the outermost first.
+    """
 
     root: str
     path: str
+    outer: tuple[str, ...] = ()
 
     @property
     def full(self) -> str:
@@ -108,6 +113,7 @@ class Workspace(ABC):
 
     _driver: Driver
     _base = "."  # of this workspace, relative to the driver's root
+    _outer: tuple[str, ...] = ()  # the bases of the workspaces that this one is a scope of
     _env: Mapping[str, str] = {}
 
     # -- commands
@@ -254,8 +260,10 @@ class Workspace(ABC):
     async def _exists(self, path: str) -> bool:
         try:
             await self._on(path, self._driver.stat_file)
-        except FileMissing:
-            return False
+        except FileOperationFailed as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return False
+            raise
         return True
 
     def stat(self, path: str) -> FileStat:
@@ -318,7 +326,8 @@ class Workspace(ABC):
 
     def _place(self, path: str) -> Place:
         root = Place(self._driver.root, self._base).full
-        return Place(root, normalise(path, root))
+        outer = tuple(Place(self._driver.root, base).full for base in self._outer)
+        return Place(root, normalise(path, root), outer)
 
     async def _on(self, path: str, operation: Any) -> Any:
         await self._driver.ready()
