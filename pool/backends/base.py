@@ -66,7 +66,7 @@ class Backend(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """End the connection and everything that `open` started; also after half an `open`. Called once."""
+        """End the connection and everything that `open` started; also after half an `open`. Can be called again."""
 
     async def check(self) -> None:
         """Raise if the connection is dead. Called before a borrow after a long idle time."""
@@ -115,14 +115,19 @@ class Backend(ABC):
         except BaseException:
             self._set_status(BackendStatus.LOST)
             raise
+        if self.status is BackendStatus.CLOSED:  # destroyed meanwhile, when there was nothing to close yet
+            await asyncio.shield(self.close())
+            raise BackendClosed(f"{self!r} was closed while it connected")
         self._set_status(BackendStatus.CONNECTED)
 
     def track_closeable(self, resource: T) -> T:
         """Close *resource* when this backend is destroyed, last tracked first; returns it.
 
         It needs an ``aclose()`` or ``close()`` (plain or async), or be an async context manager that was entered by
-        `enter_context`.
+        `enter_context`. Raises `BackendClosed` after `destroy`, when nobody would close it any more.
         """
+        if self._status is BackendStatus.CLOSED:
+            raise BackendClosed(f"{self!r} is closed, and would not close {resource!r}")
         if not (hasattr(resource, "aclose") or hasattr(resource, "close")):
             raise TypeError(f"{resource!r} has neither aclose() nor close(): nothing could close it")
         self._closeables.append(resource)
@@ -137,9 +142,15 @@ class Backend(ABC):
         return await loop_thread().arun(self._enter(manager))
 
     async def _enter(self, manager: AbstractAsyncContextManager[T]) -> T:
+        if self._status is BackendStatus.CLOSED:
+            raise BackendClosed(f"{self!r} is closed")
         keeper = _ContextKeeper(manager)
         value: T = await keeper.enter()
-        self.track_closeable(keeper)
+        try:
+            self.track_closeable(keeper)
+        except BackendClosed:
+            await keeper.aclose()
+            raise
         return value
 
     def destroy(self) -> None:

@@ -29,6 +29,7 @@ class Channels:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.open_now = 0
+        self.lasting = 0  # of those open now, how many stay open as long as the connection (SFTP)
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def take(self) -> None:
@@ -43,7 +44,7 @@ class Channels:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # it was given a slot, too late
                 self.give_back()
-            else:
+            elif turn in self._waiting:  # `give_back` may have dropped it already
                 self._waiting.remove(turn)
             raise
 
@@ -59,10 +60,10 @@ class Channels:
     def refused(self) -> bool:
         """The server refused a channel, whose slot is given back; returns whether waiting for another one can help."""
         others = self.open_now - 1
-        if others:
+        if others > self.lasting:
             self.limit = min(self.limit, others)
         self.give_back()
-        return others > 0
+        return others > self.lasting
 
     async def open(
         self, connection: asyncssh.SSHClientConnection, session: "CommandSession", line: str, setup: bytes

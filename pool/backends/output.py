@@ -1,13 +1,14 @@
 """What a command writes: kept up to a bound, head and tail, and passed on while it runs."""
 
+import asyncio
 import codecs
 import queue
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from pool.errors import ConfigError
+from pool.errors import ConfigError, PoolError
 from pool.runtime import Call
 
 Stream = Literal["stdout", "stderr"]
@@ -167,13 +168,43 @@ class Decoder:
 
 
 class DirectSink:
-    """``on_output`` called on the event loop, for async callers."""
+    """``on_output`` called on the event loop, for async callers; an exception in it cancels *task*."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.push = decoder
+        self._decoder = decoder
+        self.error: Exception | None = None
+        self.task: asyncio.Task[Any] | None = None
+
+    def push(self, stream: Stream, data: bytes) -> None:
+        if self.error is not None:
+            return
+        try:
+            self._decoder(stream, data)
+        except Exception as error:
+            # Raised here, it would end in the event loop's log, or end an SSH connection that others use.
+            self.error = error
+            if self.task is not None:
+                self.task.cancel()
 
     def full(self, resume: Callable[[], None]) -> bool:  # noqa: ARG002 - the interface of Sink
         return False
+
+    async def drive(self, call: Coroutine[Any, Any, T]) -> T:
+        """Await *call*; an exception in ``on_output`` ends the command."""
+        self.task = asyncio.current_task()
+        assert self.task is not None
+        try:
+            result = await call
+        except asyncio.CancelledError:
+            if self.error is None:
+                raise
+            self.task.uncancel()
+            raise self.error from None
+        except PoolError:
+            self._decoder.finish()
+            raise
+        self._decoder.finish()
+        return result
 
 
 class ThreadSink:

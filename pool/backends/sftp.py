@@ -13,7 +13,7 @@ from asyncssh import constants
 
 from pool.backends.paths import inside, refuse_nested, refuse_outside
 from pool.backends.workspace import FileStat, Place
-from pool.errors import FileOperationFailed
+from pool.errors import BackendUnavailable, FileOperationFailed
 
 if TYPE_CHECKING:
     from pool.backends.ssh import RemoteFilesystemBackend
@@ -123,12 +123,14 @@ class RemoteFiles:
         follow: bool = True,
     ) -> T:
         """Call *work* with the symlink-free path; map what asyncssh raises."""
+        sftp: asyncssh.SFTPClient | None = None
         try:
             sftp = await self._sftp()
             real = await _real(sftp, place, follow=follow)
             return await work(sftp, real)
         except asyncssh.SFTPError as error:
             if error.code in (constants.FX_CONNECTION_LOST, constants.FX_NO_CONNECTION):
+                self._forget(sftp)
                 raise self._backend.lost_error(error) from error
             code = _ERRNO.get(error.code, errno.EIO)
             detail = "" if code in (errno.ENOENT, errno.EACCES) else await self._explain(error, place)
@@ -160,13 +162,25 @@ class RemoteFiles:
                     await channels.take()
                     try:
                         self._client = await connection.start_sftp_client(path_errors="surrogateescape")
-                    except asyncssh.ChannelOpenError:
-                        if connection.is_closed() or not channels.refused():
+                        channels.lasting += 1
+                    except asyncssh.ChannelOpenError as error:
+                        if connection.is_closed():
+                            channels.give_back()
                             raise
+                        if not channels.refused():
+                            text = f"the server refuses a channel for files: {error.reason} (MaxSessions?)"
+                            raise BackendUnavailable(text, "sessions", 0.0) from error
                     except BaseException:
                         channels.give_back()
                         raise
             return self._client
+
+    def _forget(self, sftp: asyncssh.SFTPClient | None) -> None:
+        """Let the next operation open a new channel: this one ended, though the connection may live."""
+        if sftp is not None and sftp is self._client and self._backend._files is self:
+            self._client = None
+            self._backend.channels.lasting -= 1
+            self._backend.channels.give_back()
 
 
 async def _real(sftp: asyncssh.SFTPClient, place: Place, *, follow: bool = True) -> str:

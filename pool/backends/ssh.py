@@ -35,7 +35,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     *root_dir*: made on connect; relative to the login folder unless absolute. *client_keys*: private key files; None:
     the user's default keys and agent. *known_hosts*: file with the host's key; None: the user's own; *insecure*: do
     not verify it (for tests of your own network only). *password_env*, *passphrase_env*: names of the worker's
-    environment variables that hold a password, or the passphrase of the keys. *keepalive_interval* (seconds) times
+    environment variables that hold a password, or the passphrase of the keys. *connect_timeout*: seconds
+    for a login, also when a lost connection is made anew. *keepalive_interval* (seconds) times
     *keepalive_count* is how long a silent host is believed to be alive. *max_channels*: commands at a time; keep it
     below the server's MaxSessions minus one (file operations share one channel more); what exceeds it waits.
     *max_output*: bytes of each output stream that are kept. *env*: added to the environment of every command.
@@ -56,6 +57,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         insecure: bool = False,
         password_env: str | None = None,
         passphrase_env: str | None = None,
+        connect_timeout: float = 20.0,
         keepalive_interval: float = 15.0,
         keepalive_count: int = 3,
         max_channels: int = 8,
@@ -67,6 +69,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         if not 1 <= port <= 65535:
             raise ConfigError(f"port={port!r}: must be from 1 to 65535")
         check_number("max_channels", max_channels, "must be 1 or more", unit="channels")
+        check_number("connect_timeout", connect_timeout, "must be more than 0")
         check_number("keepalive_interval", keepalive_interval, "must be more than 0")
         check_number("keepalive_count", keepalive_count, "must be 1 or more", unit="messages")
         self.host, self.port, self.username = host, port, username
@@ -78,6 +81,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._known_hosts = known_hosts
         self._insecure = insecure
         self._password_env, self._passphrase_env = password_env, passphrase_env
+        self._connect_timeout = connect_timeout
         self._keepalive = (keepalive_interval, keepalive_count)
         self._max_channels = max_channels
         self._connection: asyncssh.SSHClientConnection | None = None
@@ -90,13 +94,25 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     async def open(self) -> None:
         options = self._options()
         try:
-            connection = await asyncssh.connect(self.host, self.port, client_factory=self._client, **options)
+            async with asyncio.timeout(self._connect_timeout):
+                connection = await asyncssh.connect(self.host, self.port, client_factory=self._client, **options)
+                await self._settle(connection)
         except (OSError, asyncssh.Error, ValueError) as error:
+            if isinstance(error, PoolError):
+                raise
             raise self._connect_error(error) from error
+
+    async def _settle(self, connection: asyncssh.SSHClientConnection) -> None:
+        """Make the new connection the one in use, or leave none behind."""
         self._connection = connection
         self._channels = Channels(self._max_channels)
         self._files = RemoteFiles(self)
-        self.root = await self._make_root(connection)
+        try:
+            self.root = await self._make_root(connection)
+        except BaseException:
+            self._connection = None
+            connection.abort()
+            raise
 
     def _options(self) -> dict[str, Any]:
         """Everything for asyncssh; secrets are read here, at the last moment, and kept nowhere."""

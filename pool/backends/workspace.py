@@ -157,12 +157,11 @@ class Workspace(ABC):
     ) -> ExecResult[Any]:
         """`exec` for any event loop; *on_output* is called on the pool's own loop and must not block it."""
         check_encoding(encoding)
-        decoder = Decoder(on_output, encoding) if on_output is not None else None
-        sink = DirectSink(decoder) if decoder is not None else None
-        result = await loop_thread().arun(self._exec(command, cwd, env, timeout, check, sink, encoding))
-        if decoder is not None:
-            decoder.finish()
-        return result
+        if on_output is None:
+            return await loop_thread().arun(self._exec(command, cwd, env, timeout, check, None, encoding))
+        sink = DirectSink(Decoder(on_output, encoding))
+        call = self._exec(command, cwd, env, timeout, check, sink, encoding)
+        return await loop_thread().arun(sink.drive(call))
 
     async def _exec(
         self,
