@@ -3,7 +3,7 @@
 import asyncio
 import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import asyncssh
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 _KILL_PATIENCE = KILL_GRACE + 5.0
 """Seconds for the host to report that a killed command is gone."""
+
+
+REFUSAL_PATIENCE = (0.02, 0.1, 0.4, 1.0)
+"""Seconds between tries while a server refuses a channel although none is open."""
 
 
 class Channels:
@@ -72,6 +76,7 @@ class Channels:
 
         Cancelled, it does not leave a command behind. Raises asyncssh's errors when the connection is dead.
         """
+        patience = iter(REFUSAL_PATIENCE)
         while True:
             await self.take()
             session.on_closed = self.give_back
@@ -85,7 +90,7 @@ class Channels:
                     await session.kill()
                 raise
             except asyncssh.ChannelOpenError as error:
-                self._refusal(connection, session, error)
+                await self._refusal(connection, session, error, patience)
             except Exception:
                 if not session.started:
                     self.give_back()
@@ -94,18 +99,29 @@ class Channels:
                 session.write(setup)
                 return
 
-    def _refusal(
-        self, connection: asyncssh.SSHClientConnection, session: "CommandSession", error: asyncssh.ChannelOpenError
+    async def _refusal(
+        self,
+        connection: asyncssh.SSHClientConnection,
+        session: "CommandSession",
+        error: asyncssh.ChannelOpenError,
+        patience: Iterator[float],
     ) -> None:
-        """Raise what a channel that was not opened means, unless waiting for another one can help."""
+        """Raise what a channel that was not opened means, unless waiting can help."""
         if session.started:  # its channel was opened, and is closed again
             raise BackendUnavailable(f"the server refuses to run commands: {error.reason}", "setup", None) from error
         if connection.is_closed():
             self.give_back()
             raise error
         if not self.refused():
+            await self.be_patient(error, patience)
+
+    @staticmethod
+    async def be_patient(error: asyncssh.ChannelOpenError, patience: Iterator[float]) -> None:
+        """Wait a little, because the server may still hold channels that ended for us; raise when that did not help."""
+        if (seconds := next(patience, None)) is None:
             text = f"the server refuses every channel: {error.reason} (MaxSessions?)"
             raise BackendUnavailable(text, "sessions", 0.0) from error
+        await asyncio.sleep(seconds)
 
     @staticmethod
     def _close_late(opening: "asyncio.Future[Any]") -> None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 import asyncssh
 from asyncssh import constants
 
+from pool.backends.channels import REFUSAL_PATIENCE
 from pool.backends.paths import inside, refuse_nested, refuse_outside
 from pool.backends.workspace import FileStat, Place
-from pool.errors import BackendUnavailable, FileOperationFailed
+from pool.errors import FileOperationFailed
 
 if TYPE_CHECKING:
     from pool.backends.ssh import RemoteFilesystemBackend
@@ -158,6 +159,7 @@ class RemoteFiles:
                 if self._backend._files is not self:  # a new connection was made: its files are others
                     return await self._backend._files._sftp()
                 channels = self._backend.channels
+                patience = iter(REFUSAL_PATIENCE)
                 while self._client is None:
                     await channels.take()
                     try:
@@ -168,8 +170,7 @@ class RemoteFiles:
                             channels.give_back()
                             raise
                         if not channels.refused():
-                            text = f"the server refuses a channel for files: {error.reason} (MaxSessions?)"
-                            raise BackendUnavailable(text, "sessions", 0.0) from error
+                            await channels.be_patient(error, patience)
                     except BaseException:
                         channels.give_back()
                         raise

@@ -168,7 +168,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         folder = "." + self.root_dir[1:] if self.root_dir.split("/")[0] == "~" else self.root_dir
         capture = Capture(64 * 1024)
         line = "exec " + shlex.join(["/bin/sh", "-c", _PREPARE, "pool", folder, _MARK])
-        code = await (await self._start(connection, line, capture)).ended()
+        code = await (await self._start(connection, line, CommandSession(self, capture))).ended()
         output = capture.streams["stdout"].tail_text(64 * 1024)
         if code or _MARK not in output:
             why = capture.tail() or f"exit code {code}"
@@ -187,7 +187,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         """Have the host run an empty command."""
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT):
-                await (await self._start(await self.live_connection(), "exec true", Capture(1024))).ended()
+                session = CommandSession(self, Capture(1024))
+                await (await self._start(await self.live_connection(), "exec true", session)).ended()
         except TimeoutError as error:
             raise BackendUnavailable(f"{self.host}: no answer within {_CHECK_TIMEOUT:g} s", "timeout", 0.0) from error
 
@@ -212,19 +213,19 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         return code
 
     async def _start_anew(self, line: str, capture: Capture, setup: bytes) -> CommandSession:
-        """`_start`, once more on a new connection if the present one turns out to be dead: nothing ran on it yet."""
+        """Start it, once more on a new connection if the present one was dead before it got the command."""
         connection = await self.live_connection()
+        session = CommandSession(self, capture)
         try:
-            return await self._start(connection, line, capture, setup)
+            return await self._start(connection, line, session, setup)
         except BackendUnavailable:
-            if not connection.is_closed():
+            if session.started or not connection.is_closed():
                 raise
-        return await self._start(await self.live_connection(), line, capture, setup)
+        return await self._start(await self.live_connection(), line, CommandSession(self, capture), setup)
 
     async def _start(
-        self, connection: asyncssh.SSHClientConnection, line: str, capture: Capture, setup: bytes = b""
+        self, connection: asyncssh.SSHClientConnection, line: str, session: CommandSession, setup: bytes = b""
     ) -> CommandSession:
-        session = CommandSession(self, capture)
         try:
             await self._channels.open(connection, session, line, setup)
         except asyncssh.Error as error:
