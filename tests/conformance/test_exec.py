@@ -52,7 +52,7 @@ def test_a_syntax_error_is_a_failed_command(backend):
     assert backend.exec("if; then", check=False).exit_code != 0
 
 
-@pytest.mark.parametrize("number", [1, 2, 9, 10, 15])
+@pytest.mark.parametrize("number", [9, 10, 15])  # HUP and INT may be ignored already: nohup, "&"
 def test_death_by_a_signal_is_128_plus_its_number(sh, number):
     """A command that a signal ended has the exit code that a shell would tell."""
     assert sh.exec(f"kill -{number} $$", check=False).exit_code == 128 + number
