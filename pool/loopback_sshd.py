@@ -251,6 +251,13 @@ class _Sftp(asyncssh.SFTPServer):
     def map_path(self, path: bytes) -> bytes:
         return os.path.join(self._home, path)
 
+    def write(self, file_obj: Any, offset: int, data: bytes) -> int:
+        """Write all of *data*; asyncssh's own takes a part for the whole, which is what a full disk leaves."""
+        written = 0
+        while written < len(data):
+            written += cast(int, super().write(file_obj, offset + written, data[written:]))
+        return written
+
     def realpath(self, path: bytes) -> bytes:
         """Resolve *path*; all but its last part must exist (OpenSSH's sftp-realpath.c)."""
         real = os.path.realpath(self.map_path(path))

@@ -66,7 +66,7 @@ class Backend(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """End the connection and everything that `open` started; also after half an `open`. Called once."""
+        """End the connection and everything that `open` started; also after half an `open`. Can be called again."""
 
     async def check(self) -> None:
         """Raise if the connection is dead. Called before a borrow after a long idle time."""
@@ -120,6 +120,9 @@ class Backend(ABC):
         except BaseException:
             self._set_status(BackendStatus.LOST)
             raise
+        if self.status is BackendStatus.CLOSED:  # destroyed meanwhile, when there was nothing to close yet
+            await asyncio.shield(self.close())
+            raise BackendClosed(f"{self!r} was closed while it connected")
         self._set_status(BackendStatus.CONNECTED)
 
     def track_closeable(self, resource: T) -> T:
@@ -144,6 +147,8 @@ class Backend(ABC):
         return await loop_thread().arun(self._enter(manager))
 
     async def _enter(self, manager: AbstractAsyncContextManager[T]) -> T:
+        if self._status is BackendStatus.CLOSED:
+            raise BackendClosed(f"{self!r} is closed")
         keeper = _ContextKeeper(manager)
         value: T = await keeper.enter()
         try:

@@ -40,6 +40,7 @@ class Channels:
         self._limit = limit
         self._taken = 0
         self._opened = 0  # channels that the server has granted
+        self._lasting = 0  # of those, how many stay as long as the connection (SFTP): no use in waiting for them
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._freed = asyncio.Event()
 
@@ -55,7 +56,7 @@ class Channels:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # it was given a slot, too late
                 self._give_back()
-            else:
+            elif turn in self._waiting:  # `_give_back` may have dropped it already
                 self._waiting.remove(turn)
             raise
 
@@ -67,13 +68,16 @@ class Channels:
                 self._taken += 1
                 turn.set_result(None)
 
-    def closed(self) -> None:
+    def closed(self, *, lasting: bool = False) -> None:
         """A granted channel is closed by the server: its slot is free again, not before."""
         self._opened -= 1
+        self._lasting -= lasting
         self._freed.set()
         self._give_back()
 
-    async def granted(self, connection: asyncssh.SSHClientConnection, opening: Callable[[], Awaitable[T]]) -> T:
+    async def granted(
+        self, connection: asyncssh.SSHClientConnection, opening: Callable[[], Awaitable[T]], *, lasting: bool = False
+    ) -> T:
         """Take a slot and call *opening* until the server grants the channel; `closed` ends it.
 
         Raises `BackendUnavailable` when the server grants none, asyncssh's errors when the connection is dead.
@@ -87,13 +91,14 @@ class Channels:
                 except asyncssh.ChannelOpenError as error:
                     if connection.is_closed():
                         raise
-                    if self._opened:
+                    if self._opened > self._lasting:
                         deadline = monotonic() + _REFUSED_PATIENCE
                     elif monotonic() > deadline:
                         text = f"the server refuses every channel: {error.reason} (MaxSessions?)"
                         raise BackendUnavailable(text, "sessions", 0.0) from error
                 else:
                     self._opened += 1
+                    self._lasting += lasting
                     return result
                 self._freed.clear()
                 with suppress(TimeoutError):
@@ -116,6 +121,11 @@ class Channels:
                 task.add_done_callback(_close_late)
                 if session.started:
                     await session.kill()
+                raise
+            except asyncssh.ChannelOpenError as error:
+                if session.started:  # its channel was opened, and is closed again
+                    text = f"the server refuses to run commands: {error.reason}"
+                    raise BackendUnavailable(text, "setup", None) from error
                 raise
 
         await self.granted(connection, opening)
@@ -197,6 +207,8 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
         """Let go of the lifeline, so that the supervising shell kills the group, and wait until it is gone."""
         if self._ended.done():
             return
+        self._capture.detach()
+        self._channel.resume_reading()  # a channel that waits for a slow reader would not tell its end
         self._channel.write_eof()
         done, _ = await asyncio.wait({self._ended}, timeout=_KILL_PATIENCE)
         if not done:

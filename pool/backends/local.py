@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pool.backends.base import Capabilities
 from pool.backends.output import Capture, Stream
-from pool.backends.paths import refuse_outside
+from pool.backends.paths import refuse_nested, refuse_outside
 from pool.backends.shell import KILL_GRACE, ShellCommand, check_env
 from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
 from pool.config import check_number
@@ -72,6 +72,7 @@ class LocalFilesystemBackend(WorkspaceBackend):
         except OSError as error:
             raise FileOperationFailed.of(error.errno or 0, "start of", command[:80]) from error
         self._running.add(running)
+        running.write(shell.setup)
         try:
             code = await running.ended()
         finally:
@@ -142,7 +143,7 @@ class LocalFilesystemBackend(WorkspaceBackend):
 
 def _real(place: Place, *, follow: bool = True) -> str:
     """Return the path without symlinks (without *follow* the last one stays) if it is inside its root."""
-    root = os.path.realpath(place.root)
+    root = refuse_nested([os.path.realpath(path) for path in (*place.outer, place.root)], place.path)
     if follow or place.path == ".":
         real = os.path.realpath(place.full)
     else:
@@ -218,6 +219,11 @@ class _Command(asyncio.SubprocessProtocol):
             self._ended.set_result(code if code >= 0 else 128 - code)
             self._transport.close()
 
+    def write(self, data: bytes) -> None:
+        """Send *data* to the command's lifeline."""
+        if data:
+            self._transport.get_pipe_transport(0).write(data)
+
     async def ended(self) -> int:
         """Return the exit code; cancelled, kill the process group first."""
         try:
@@ -228,6 +234,9 @@ class _Command(asyncio.SubprocessProtocol):
 
     async def kill(self) -> None:
         """Let go of the lifeline, so that the supervising shell kills the group; make sure of it."""
+        self._capture.detach()
+        for fd in self._open_pipes:  # a pipe that waits for a slow reader would not tell its end
+            self._transport.get_pipe_transport(fd).resume_reading()
         self._transport.get_pipe_transport(0).close()
         done, _ = await asyncio.wait({self._ended}, timeout=_KILL_PATIENCE)
         if not done:

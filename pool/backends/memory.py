@@ -102,6 +102,8 @@ class MemoryBackend(WorkspaceBackend):
         if dirname(target.full) not in self._folders:
             raise FileOperationFailed.of(errno.ENOENT, "rename", target.path)
         if source.full not in self._folders:
+            if target.full in self._folders:
+                raise FileOperationFailed.of(errno.EISDIR, "rename", target.path)
             self._files[target.full] = self._file("rename", source)
             if target.full != source.full:
                 del self._files[source.full]

@@ -1,12 +1,14 @@
 """What a command writes: kept up to a bound, head and tail, and passed on while it runs."""
 
+import asyncio
 import codecs
 import queue
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from pool.errors import ConfigError, PoolError
 from pool.runtime import Call
 
 Stream = Literal["stdout", "stderr"]
@@ -18,6 +20,15 @@ T = TypeVar("T")
 
 HIGH_WATER = 1 << 20
 """Bytes that may wait for a slow ``on_output``; beyond it the command is made to wait."""
+
+
+def check_encoding(encoding: str | None) -> None:
+    """Raise `ConfigError` unless *encoding* is None or the name of a text encoding."""
+    try:
+        if encoding is not None:
+            b"x".decode(encoding, errors="replace")
+    except (LookupError, TypeError):
+        raise ConfigError(f"encoding={encoding!r}: must be the name of a text encoding, or None for bytes") from None
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,10 @@ class Capture:
         """See `Sink.full`."""
         return self._sink is not None and self._sink.full(resume)
 
+    def detach(self) -> None:
+        """Pass nothing on any more: the command is being killed, and who reads may be gone."""
+        self._sink = None
+
     def tail(self, limit: int = 2000) -> str:
         """The end of stderr, or of stdout when stderr is empty."""
         return (self.streams["stderr"].tail_text(limit) or self.streams["stdout"].tail_text(limit)).strip()
@@ -153,13 +168,43 @@ class Decoder:
 
 
 class DirectSink:
-    """``on_output`` called on the event loop, for async callers."""
+    """``on_output`` called on the event loop, for async callers; an exception in it cancels *task*."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.push = decoder
+        self._decoder = decoder
+        self.error: Exception | None = None
+        self.task: asyncio.Task[Any] | None = None
+
+    def push(self, stream: Stream, data: bytes) -> None:
+        if self.error is not None:
+            return
+        try:
+            self._decoder(stream, data)
+        except Exception as error:
+            # Raised here, it would end in the event loop's log, or end an SSH connection that others use.
+            self.error = error
+            if self.task is not None:
+                self.task.cancel()
 
     def full(self, resume: Callable[[], None]) -> bool:  # noqa: ARG002 - the interface of Sink
         return False
+
+    async def drive(self, call: Coroutine[Any, Any, T]) -> T:
+        """Await *call*; an exception in ``on_output`` ends the command."""
+        self.task = asyncio.current_task()
+        assert self.task is not None
+        try:
+            result = await call
+        except asyncio.CancelledError:
+            if self.error is None:
+                raise
+            self.task.uncancel()
+            raise self.error from None
+        except PoolError:
+            self._decoder.finish()
+            raise
+        self._decoder.finish()
+        return result
 
 
 class ThreadSink:
@@ -173,7 +218,7 @@ class ThreadSink:
         self._queue: queue.SimpleQueue[tuple[Stream, bytes] | None] = queue.SimpleQueue()
         self._pushed = 0
         self._taken = 0
-        self._resume: Callable[[], None] | None = None
+        self._resume: list[Callable[[], None]] = []
 
     def push(self, stream: Stream, data: bytes) -> None:
         self._pushed += len(data)
@@ -182,8 +227,9 @@ class ThreadSink:
     def full(self, resume: Callable[[], None]) -> bool:
         if self._pushed - self._taken < HIGH_WATER:
             return False
-        self._resume = resume
-        return True
+        if resume not in self._resume:
+            self._resume.append(resume)  # first, then look again: the reader may have taken everything meanwhile
+        return self._pushed - self._taken >= HIGH_WATER // 2
 
     def drive(self, call: Call[T]) -> T:
         """Pass output on until the command has ended; an exception in ``on_output`` ends the command."""
@@ -192,7 +238,7 @@ class ThreadSink:
             while (piece := self._queue.get()) is not None:
                 self._decoder(*piece)
                 self._taken += len(piece[1])
-                if self._resume is not None and self._pushed - self._taken < HIGH_WATER // 2:
+                if self._resume and self._pushed - self._taken < HIGH_WATER // 2:
                     call.owner.loop.call_soon_threadsafe(self._resume_once)
             self._decoder.finish()
         except BaseException:
@@ -201,6 +247,6 @@ class ThreadSink:
         return call.wait()
 
     def _resume_once(self) -> None:
-        resume, self._resume = self._resume, None
-        if resume is not None:
+        waiting, self._resume = self._resume, []
+        for resume in waiting:
             resume()

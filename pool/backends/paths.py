@@ -7,6 +7,7 @@ Symlinks are checked by the backends that have them, with `inside`.
 
 import os
 import posixpath
+from itertools import pairwise
 from typing import Any
 
 from pool.errors import ConfigError, PathEscapeError
@@ -25,6 +26,8 @@ def normalise(path: Any, root: str) -> str:
         text = os.fsdecode(text)
     if "\x00" in text:
         raise ConfigError(f"path={text!r}: must not contain a NUL character")
+    if not encodable(text):
+        raise ConfigError(f"path={text!r}: must not contain a lone surrogate")
     if not text:
         raise ConfigError("path='': must not be empty; '.' is the root")
     if inside(posixpath.normpath(text), root):
@@ -33,6 +36,15 @@ def normalise(path: Any, root: str) -> str:
     if relative == ".." or relative.startswith("../"):
         raise PathEscapeError(f"path {path!r} leaves the root {root!r}")
     return relative
+
+
+def encodable(text: str) -> bool:
+    """Whether *text* has a form in bytes: UTF-8, or what `os.fsdecode` makes of bytes that are none."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def inside(path: str, root: str) -> bool:
@@ -44,3 +56,10 @@ def refuse_outside(real: str, real_root: str, path: str) -> None:
     """Raise `PathEscapeError` unless *real*, the symlink-free form of *path*, is under *real_root*."""
     if not inside(real, real_root):
         raise PathEscapeError(f"path {path!r} leaves the root through a symlink, to {real!r}")
+
+
+def refuse_nested(real_roots: list[str], path: str) -> str:
+    """Return the last of *real_roots*; raise `PathEscapeError` unless each is inside the one before."""
+    for outer, inner in pairwise(real_roots):
+        refuse_outside(inner, outer, path)
+    return real_roots[-1]

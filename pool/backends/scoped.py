@@ -24,6 +24,7 @@ class ScopedBackend(Workspace):
         # Relative to the driver's root, which may be known only after the first connect.
         root = Place(self._driver.root, parent._base).full
         self._base = posixpath.normpath(posixpath.join(parent._base, normalise(path, root)))
+        self._outer = (*parent._outer, parent._base)
         self._env = {**parent._env, **check_env(env)}
 
     @property

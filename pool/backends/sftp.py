@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import asyncssh
 from asyncssh import constants
 
-from pool.backends.paths import refuse_outside
+from pool.backends.paths import inside, refuse_nested, refuse_outside
 from pool.backends.workspace import FileStat, Place
 from pool.errors import FileOperationFailed
 
@@ -91,7 +91,7 @@ class RemoteFiles:
             if not stat_bits.S_ISDIR(mode):
                 await sftp.remove(real)
             elif recursive:
-                await sftp.rmtree(real)
+                await _remove_tree(sftp, real)
             else:
                 await sftp.rmdir(real)
 
@@ -123,12 +123,14 @@ class RemoteFiles:
         follow: bool = True,
     ) -> T:
         """Call *work* with the symlink-free path; map what asyncssh raises."""
+        sftp: asyncssh.SFTPClient | None = None
         try:
             sftp = await self._sftp()
             real = await _real(sftp, place, follow=follow)
             return await work(sftp, real)
         except asyncssh.SFTPError as error:
             if error.code in (constants.FX_CONNECTION_LOST, constants.FX_NO_CONNECTION):
+                self._forget(sftp)
                 raise self._backend.lost_error(error) from error
             code = _ERRNO.get(error.code, errno.EIO)
             detail = "" if code in (errno.ENOENT, errno.EACCES) else await self._explain(error, place)
@@ -155,9 +157,18 @@ class RemoteFiles:
                 connection = await self._backend.live_connection()
                 if self._backend._files is not self:  # a new connection was made: its files are others
                     return await self._backend._files._sftp()
-                # It holds its slot for as long as the connection lives.
-                self._client = await self._backend.channels.granted(connection, connection.start_sftp_client)
+                self._client = await self._backend.channels.granted(
+                    connection,
+                    lambda: connection.start_sftp_client(path_errors="surrogateescape"),
+                    lasting=True,  # as long as the connection
+                )
             return self._client
+
+    def _forget(self, sftp: asyncssh.SFTPClient | None) -> None:
+        """Let the next operation open a new channel: this one ended, though the connection may live."""
+        if sftp is not None and sftp is self._client and self._backend._files is self:
+            self._client = None
+            self._backend.channels.closed(lasting=True)
 
 
 async def _real(sftp: asyncssh.SFTPClient, place: Place, *, follow: bool = True) -> str:
@@ -165,18 +176,14 @@ async def _real(sftp: asyncssh.SFTPClient, place: Place, *, follow: bool = True)
 
     Without *follow* the last part stays as it is, symlink or not.
     """
-    if place.path == ".":
-        return await _resolve(sftp, place.root)
-    if follow:
+    if follow or place.path == ".":
         real = await _resolve(sftp, place.full)
     else:
         folder, name = posixpath.split(place.full)
         real = posixpath.join(await _resolve(sftp, folder), name)
-    root = place.root
-    try:
-        refuse_outside(real, root, place.path)
-    except Exception:
-        refuse_outside(real, await _resolve(sftp, root), place.path)  # the root of a scope may be a symlink itself
+    if not inside(real, place.root):  # the root of a scope may be reached by a symlink itself
+        roots = [await _resolve(sftp, root) for root in (*place.outer, place.root)]
+        refuse_outside(real, refuse_nested(roots, place.path), place.path)
     return real
 
 
@@ -193,6 +200,20 @@ async def _resolve(sftp: asyncssh.SFTPClient, path: str) -> str:
             missing.append(name)
         else:
             return posixpath.join(real, *reversed(missing))
+
+
+async def _remove_tree(sftp: asyncssh.SFTPClient, folder: str) -> None:
+    """Like asyncssh's `rmtree`, which refuses names with a backslash."""
+    for entry in await sftp.readdir(folder):
+        name = str(entry.filename)
+        if name in (".", ".."):
+            continue
+        path = posixpath.join(folder, name)
+        if stat_bits.S_ISDIR((await sftp.lstat(path)).permissions or 0):
+            await _remove_tree(sftp, path)
+        else:
+            await sftp.remove(path)
+    await sftp.rmdir(folder)
 
 
 async def _mode(sftp: asyncssh.SFTPClient, path: str) -> int | None:

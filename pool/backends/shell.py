@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from pool.backends.paths import refuse_outside
+from pool.backends.paths import encodable, refuse_outside
 from pool.errors import ConfigError, FileOperationFailed, PathEscapeError
 
 KILL_GRACE = 0.5
@@ -20,30 +20,37 @@ KILL_GRACE = 0.5
 
 _NOTICE_CODE = 254
 
+_ARGUMENT_LIMIT = 60_000
+"""Bytes, quoted. A longer command goes through stdin: Linux takes at most 128 KiB in one argument ..."""
+_SHELL_LIMIT = 30_000
+"""... and so does the command's own shell: one with more characters, of at most 4 bytes, is read as a file."""
+
 # $1 command  $2 folder  $3 root  $4 token  $5 "s" if a line of setup comes first on stdin
 _SCRIPT = f"""\
 exec 3<&0 </dev/null
-cmd=$1
-if [ "$5" = s ]; then IFS= read -r line <&3; eval "$(printf %b "$line")"; fi
+if [ "$5" = s ]; then IFS= read -r _pool_line <&3 || exit {_NOTICE_CODE}; eval "$(printf %b "$_pool_line")"; fi
 cd -P -- "$2" 2>/dev/null || {{ echo "$4 cwd" >&2; exit {_NOTICE_CODE}; }}
 case "${{PWD%/}}/" in "${{3%/}}"/*) ;; *) echo "$4 escape $PWD" >&2; exit {_NOTICE_CODE};; esac
-( trap "" TERM HUP INT; read -r x <&3; kill -s USR1 $$; kill -s TERM -- -$$
-  sleep {KILL_GRACE}; kill -s KILL -- -$$ ) >/dev/null 2>&1 &
-guard=$!
-exec 3<&-
-ended=
-trap ended=1 USR1
+( trap "" TERM HUP INT; read -r _pool_line <&3; kill -s USR1 "$$"; kill -s TERM -- "-$$"
+  sleep {KILL_GRACE}; kill -s KILL -- "-$$" ) >/dev/null 2>&1 &
+_pool_guard=$!
+exec 3<&- 4>&2 2>/dev/null
+_pool_ended=
+trap _pool_ended=1 USR1
 trap : TERM
-/bin/sh -c "$cmd"
-code=$?
-[ -n "$ended" ] && wait $guard
-kill -s KILL $guard 2>/dev/null
-exit $code
+( exec 2>&4 4>&-
+  if [ "${{#1}}" -le {_SHELL_LIMIT} ]; then exec /bin/sh -c "$1"; fi
+  exec /bin/sh -c ". /dev/fd/9" /bin/sh 9<<POOL
+$1
+POOL
+)
+_pool_code=$?
+[ -n "$_pool_ended" ] && wait "$_pool_guard"
+kill -s KILL "$_pool_guard" 2>/dev/null
+exit "$_pool_code"
 """
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ARGUMENT_LIMIT = 60_000
-"""A longer command goes through stdin: Linux takes at most 128 KiB in one argument."""
 
 
 class ShellCommand:
@@ -55,11 +62,13 @@ class ShellCommand:
         self.token = secrets.token_hex(8)
         self.setup = b""
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
-        if exports or len(command) > _ARGUMENT_LIMIT:
+        quoted = shlex.quote(command)
+        length = len(quoted.encode("utf-8", "surrogateescape"))
+        if exports or length > _ARGUMENT_LIMIT or not _is_text(command + folder + root):
             # Through stdin, where no `ps` shows it; escaped into one line for `read` and `printf %b`.
-            script = f"{exports}cmd={shlex.quote(command)}\n"
+            script = f'{exports}shift 3; set -- {shlex.join([command, folder, root])} "$@"\n'
             self.setup = _escape(script.encode("utf-8", "surrogateescape")) + b"\n"
-            command = ""
+            command = folder = root = ""
         self.argv = [
             "/bin/sh",
             "-c",
@@ -88,6 +97,15 @@ class ShellCommand:
         raise PathEscapeError(f"cwd {self.folder!r} leaves the root {self.root!r}")
 
 
+def _is_text(text: str) -> bool:
+    """Whether SSH can carry it, which knows UTF-8 only."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_command(command: Any) -> str:
     """Return *command*, or raise `ConfigError`."""
     if not isinstance(command, str):
@@ -96,6 +114,8 @@ def check_command(command: Any) -> str:
         raise ConfigError("command is empty")
     if "\x00" in command:
         raise ConfigError(f"command={command[:80]!r}: must not contain a NUL character")
+    if not encodable(command):
+        raise ConfigError(f"command={command[:80]!r}: must not contain a lone surrogate")
     return command
 
 
@@ -109,6 +129,8 @@ def check_env(env: Mapping[str, Any] | None) -> dict[str, str]:
             raise ConfigError(f"env {name}: its value must be text, not {type(value).__name__}")
         if "\x00" in value:
             raise ConfigError(f"env {name}: its value must not contain a NUL character")
+        if not encodable(value):
+            raise ConfigError(f"env {name}: its value must not contain a lone surrogate")
         checked[name] = value
     return checked
 

@@ -98,19 +98,30 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     async def open(self) -> None:
         options = self._options()
         try:
-            connection = await asyncssh.connect(self.host, self.port, client_factory=self._client, **options)
+            async with asyncio.timeout(self._connect_timeout):
+                connection = await asyncssh.connect(self.host, self.port, client_factory=self._client, **options)
+                await self._settle(connection)
         except (OSError, asyncssh.Error, ValueError) as error:
+            if isinstance(error, PoolError):
+                raise
             raise self._connect_error(error) from error
+
+    async def _settle(self, connection: asyncssh.SSHClientConnection) -> None:
+        """Make the new connection the one in use, or leave none behind."""
         self._connection = connection
         self._channels = Channels(self._max_channels)
         self._files = RemoteFiles(self)
-        self.root = await self._make_root(connection)
+        try:
+            self.root = await self._make_root(connection)
+        except BaseException:
+            self._connection = None
+            connection.abort()
+            raise
 
     def _options(self) -> dict[str, Any]:
         """Everything for asyncssh; secrets are read here, at the last moment, and kept nowhere."""
         options: dict[str, Any] = {
             "config": None,  # the hosts file is the only place to look, not ~/.ssh/config
-            "connect_timeout": self._connect_timeout,
             "keepalive_interval": self._keepalive[0],
             "keepalive_count_max": self._keepalive[1],
             "agent_forwarding": False,
@@ -161,7 +172,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         folder = "." + self.root_dir[1:] if self.root_dir.split("/")[0] == "~" else self.root_dir
         capture = Capture(64 * 1024)
         line = "exec " + shlex.join(["/bin/sh", "-c", _PREPARE, "pool", folder, _MARK])
-        code = await (await self._start(connection, line, capture)).ended()
+        code = await (await self._start(connection, line, CommandSession(self, capture))).ended()
         output = capture.streams["stdout"].tail_text(64 * 1024)
         if code or _MARK not in output:
             why = capture.tail() or f"exit code {code}"
@@ -179,7 +190,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         """Have the host run an empty command."""
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT):
-                await (await self._start(await self.live_connection(), "exec true", Capture(1024))).ended()
+                session = CommandSession(self, Capture(1024))
+                await (await self._start(await self.live_connection(), "exec true", session)).ended()
         except TimeoutError as error:
             raise BackendUnavailable(f"{self.host}: no answer within {_CHECK_TIMEOUT:g} s", "timeout", 0.0) from error
 
@@ -204,19 +216,19 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         return code
 
     async def _start_anew(self, line: str, capture: Capture, setup: bytes) -> CommandSession:
-        """`_start`, once more on a new connection if the present one turns out to be dead: nothing ran on it yet."""
+        """Start it, once more on a new connection if the present one was dead before it got the command."""
         connection = await self.live_connection()
+        session = CommandSession(self, capture)
         try:
-            return await self._start(connection, line, capture, setup)
+            return await self._start(connection, line, session, setup)
         except BackendUnavailable:
-            if not connection.is_closed():
+            if session.started or not connection.is_closed():
                 raise
-        return await self._start(await self.live_connection(), line, capture, setup)
+        return await self._start(await self.live_connection(), line, CommandSession(self, capture), setup)
 
     async def _start(
-        self, connection: asyncssh.SSHClientConnection, line: str, capture: Capture, setup: bytes = b""
+        self, connection: asyncssh.SSHClientConnection, line: str, session: CommandSession, setup: bytes = b""
     ) -> CommandSession:
-        session = CommandSession(self, capture)
         try:
             await self._channels.start(connection, session, line, setup)
         except asyncssh.Error as error:

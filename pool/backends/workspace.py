@@ -5,6 +5,7 @@ their arguments and the path rules, then hand over to a `Driver`, which does the
 """
 
 import asyncio
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pool.backends.base import Backend
-from pool.backends.output import Capture, Decoder, DirectSink, ExecResult, OnOutput, Sink, ThreadSink
+from pool.backends.output import Capture, Decoder, DirectSink, ExecResult, OnOutput, Sink, ThreadSink, check_encoding
 from pool.backends.paths import normalise
 from pool.backends.shell import check_command, check_env
 from pool.config import check_number
-from pool.errors import CommandFailed, CommandTimeout, ConfigError, FileMissing
+from pool.errors import CommandFailed, CommandTimeout, ConfigError, FileOperationFailed
 from pool.runtime import loop_thread
 
 if TYPE_CHECKING:
@@ -40,10 +41,14 @@ class FileStat:
 
 @dataclass(frozen=True)
 class Place:
-    """A path that has passed the rules: ``path`` relative to ``root``, which is absolute."""
+    """A path that has passed the rules: ``path`` relative to ``root``, which is absolute.
+
+    ``outer``: the roots that ``root`` itself must be inside, symlinks resolved; the outermost first.
+    """
 
     root: str
     path: str
+    outer: tuple[str, ...] = ()
 
     @property
     def full(self) -> str:
@@ -108,6 +113,7 @@ class Workspace(ABC):
 
     _driver: Driver
     _base = "."  # of this workspace, relative to the driver's root
+    _outer: tuple[str, ...] = ()  # the bases of the workspaces that this one is a scope of
     _env: Mapping[str, str] = {}
 
     # -- commands
@@ -134,6 +140,7 @@ class Workspace(ABC):
         """
         if on_output is None:
             return loop_thread().run(self._exec(command, cwd, env, timeout, check, None, encoding))
+        check_encoding(encoding)
         sink = ThreadSink(Decoder(on_output, encoding))
         return sink.drive(loop_thread().spawn(self._exec(command, cwd, env, timeout, check, sink, encoding)))
 
@@ -149,12 +156,12 @@ class Workspace(ABC):
         encoding: str | None = "utf-8",
     ) -> ExecResult[Any]:
         """`exec` for any event loop; *on_output* is called on the pool's own loop and must not block it."""
-        decoder = Decoder(on_output, encoding) if on_output is not None else None
-        sink = DirectSink(decoder) if decoder is not None else None
-        result = await loop_thread().arun(self._exec(command, cwd, env, timeout, check, sink, encoding))
-        if decoder is not None:
-            decoder.finish()
-        return result
+        check_encoding(encoding)
+        if on_output is None:
+            return await loop_thread().arun(self._exec(command, cwd, env, timeout, check, None, encoding))
+        sink = DirectSink(Decoder(on_output, encoding))
+        call = self._exec(command, cwd, env, timeout, check, sink, encoding)
+        return await loop_thread().arun(sink.drive(call))
 
     async def _exec(
         self,
@@ -167,6 +174,7 @@ class Workspace(ABC):
         encoding: str | None,
     ) -> ExecResult[Any]:
         check_command(command)
+        check_encoding(encoding)
         own_env = check_env(env)
         if timeout is not None:
             check_number("timeout", timeout, "must be more than 0, or None for no limit")
@@ -202,6 +210,7 @@ class Workspace(ABC):
         return await loop_thread().arun(self._read(path, encoding))
 
     async def _read(self, path: str, encoding: str | None) -> Any:
+        check_encoding(encoding)
         data = await self._on(path, self._driver.read_file)
         return data if encoding is None else data.decode(encoding, errors="replace")
 
@@ -250,8 +259,10 @@ class Workspace(ABC):
     async def _exists(self, path: str) -> bool:
         try:
             await self._on(path, self._driver.stat_file)
-        except FileMissing:
-            return False
+        except FileOperationFailed as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return False
+            raise
         return True
 
     def stat(self, path: str) -> FileStat:
@@ -314,7 +325,8 @@ class Workspace(ABC):
 
     def _place(self, path: str) -> Place:
         root = Place(self._driver.root, self._base).full
-        return Place(root, normalise(path, root))
+        outer = tuple(Place(self._driver.root, base).full for base in self._outer)
+        return Place(root, normalise(path, root), outer)
 
     async def _on(self, path: str, operation: Any) -> Any:
         await self._driver.ready()

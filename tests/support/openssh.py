@@ -130,6 +130,11 @@ class OpenSshd:
         """SIGKILL the sshd processes of all connections; their commands live on until :meth:`stop`."""
         _kill(self._sessions(self.pid))
 
+    def kill_file_servers(self) -> None:
+        """SIGKILL the SFTP servers of all connections, and any command; the connections live on."""
+        self._sessions(self.pid)
+        _kill(list(self._strays))
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Hold the sshd processes of all connections still, as a hung host does; the listener goes on."""

@@ -1,0 +1,282 @@
+"""What goes into a command and what comes out of it, over every kind of backend."""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pool.errors import CommandFailed, ConfigError, FileMissing, PathEscapeError
+
+NASTY = 'it\'s "quoted" $HOME `id` \\n \\\\ %s %% \t;&|<>(){}*?[]~#! é ☃ 𝄞'
+
+
+def test_stdout_stderr_and_exit_code_arrive_unmixed(backend):
+    """A result tells both streams, the exit code and how long it took."""
+    result = backend.exec("echo out; echo err >&2; exit 3", check=False)
+    assert (result.exit_code, result.stdout, result.stderr, result.truncated) == (3, "out\n", "err\n", False)
+    assert result.duration > 0
+
+
+def test_a_failed_command_raises_with_code_and_stderr_tail(backend):
+    """The error carries the exit code and the end of stderr, and its message names the command."""
+    with pytest.raises(CommandFailed, match="exit 7") as caught:
+        backend.exec("echo out; echo first >&2; echo reason >&2; exit 7")
+    assert (caught.value.exit_code, caught.value.tail) == (7, "first\nreason")
+
+
+def test_a_failed_command_with_silent_stderr_quotes_stdout(backend):
+    """With nothing on stderr the tail is that of stdout."""
+    with pytest.raises(CommandFailed) as caught:
+        backend.exec("echo only out; exit 1")
+    assert caught.value.tail == "only out"
+
+
+def test_the_tail_of_a_failure_is_short_and_from_the_end(backend):
+    """A failure after much output carries the last part of it only."""
+    with pytest.raises(CommandFailed) as caught:
+        backend.exec("i=0; while [ $i -lt 3000 ]; do echo line $i >&2; i=$((i+1)); done; exit 1")
+    assert caught.value.tail.endswith("line 2999")
+    assert len(caught.value.tail) <= 2000
+
+
+def test_a_command_that_is_not_found_says_so(backend):
+    """127 and the shell's own words."""
+    with pytest.raises(CommandFailed, match="not found") as caught:
+        backend.exec("no-such-program-here")
+    assert caught.value.exit_code == 127
+
+
+def test_a_syntax_error_is_a_failed_command(backend):
+    """The shell's complaint is a failure like any other."""
+    assert backend.exec("if; then", check=False).exit_code != 0
+
+
+@pytest.mark.parametrize("number", [9, 10, 15])  # HUP and INT may be ignored already: nohup, "&"
+def test_death_by_a_signal_is_128_plus_its_number(sh, number):
+    """A command that a signal ended has the exit code that a shell would tell."""
+    assert sh.exec(f"kill -{number} $$", check=False).exit_code == 128 + number
+
+
+def test_a_pipeline_of_quotes_newlines_and_unicode_arrives_verbatim(backend):
+    """Nothing in a command is interpreted before its own shell does."""
+    assert backend.exec(f"cat <<'END'\n{NASTY}\n\n  two\nEND").stdout == f"{NASTY}\n\n  two\n"
+
+
+@pytest.mark.parametrize("command", ["-n x", "-c 'echo no'", "--version", "'$(echo no)'"])
+def test_a_leading_dash_is_not_an_option(sh, command):
+    """A command that begins with a dash is looked up as a command."""
+    assert sh.exec(command, check=False).exit_code in {2, 127}
+
+
+@pytest.mark.parametrize("size", [59_000, 61_000, 130_000, 200_000])
+@pytest.mark.parametrize("letter", ["x", "'", "☃"])
+def test_long_commands_arrive_whole(sh, size, letter):
+    """A command may be longer than what one argument of a Linux process can hold, counted in bytes."""
+    text = letter * (size // len(letter.encode()))
+    result = sh.exec(f"cat <<'END' | wc -c\n{text}\nEND")
+    assert int(result.stdout) == len(text.encode()) + 1
+
+
+def test_a_long_command_still_has_empty_stdin_and_its_exit_code(sh):
+    """However a long command travels, what it sees is the same."""
+    result = sh.exec(f": {'x' * 200_000}\ncat; echo $0 $#; exit 4", check=False)
+    assert (result.exit_code, result.stdout.split()[-1]) == (4, "0")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        NASTY,
+        "two\nlines\n\n",
+        "\n",
+        " spaces ",
+        "100%d %b \\0101 \\",
+        "''\"\"",
+        "é☃𝄞",
+        "\\",
+        "x" * 100_000,
+        "☃\n'" * 20_000,
+    ],
+    ids=lambda value: repr(value[:8]) + str(len(value)),
+)
+def test_environment_values_arrive_verbatim(sh, value):
+    """A variable's value is what the caller gave, byte for byte."""
+    result = sh.exec('printf %s "$VALUE"', env={"VALUE": value})
+    assert result.stdout == value
+
+
+@pytest.mark.parametrize(
+    "name", ["cmd", "line", "x", "code", "guard", "ended", "folder", "root", "IFS", "A", "_b", "PS1", "OPTIND1"]
+)
+def test_no_name_of_a_variable_is_taken(sh, name):
+    """How commands are run uses no variable that a caller's could collide with."""
+    if name == "IFS":  # every shell sets its own
+        assert sh.exec("echo a1b", env={"IFS": "1234567890"}).stdout == "a1b\n"
+    else:
+        assert sh.exec("env", env={name: "mine"}).stdout.splitlines().count(f"{name}=mine") == 1
+
+
+def test_nothing_of_the_machinery_shows_in_the_environment(sh):
+    """A command sees only what it is supposed to see."""
+    names = {line.partition("=")[0] for line in sh.exec("env", env={"MINE": "1"}).stdout.splitlines()}
+    odd = {name for name in names if name.islower() or "pool" in name.lower()}
+    assert odd == set()
+
+
+def test_variables_of_one_call_are_gone_in_the_next(sh):
+    """The environment of a call is that call's."""
+    sh.exec("true", env={"ONCE": "1"})
+    assert sh.exec('echo "${ONCE-unset}"').stdout == "unset\n"
+
+
+def test_the_environment_of_the_backend_is_under_that_of_the_call(rig):
+    """The backend's variables are in every command; a call's win."""
+    backend = rig.backend(env={"A": "backend", "B": "backend"})
+    assert backend.exec('echo "$A $B"', env={"B": "call"}).stdout == "backend call\n"
+
+
+def test_the_workers_own_environment_does_not_leak(shell, monkeypatch):
+    """A worker's variables hold its secrets: no command sees them."""
+    monkeypatch.setenv("WORKER_SECRET", "hush")
+    assert "hush" not in shell.backend().exec("env").stdout
+
+
+def test_a_usable_path_and_home_are_there(sh):
+    """Programs are found, and HOME is set."""
+    assert sh.exec('command -v ls >/dev/null && test -n "$HOME" && echo yes').stdout == "yes\n"
+
+
+@pytest.mark.parametrize("env", [{"A B": "x"}, {"1A": "x"}, {"": "x"}, {"A=": "x"}, {"A": 1}, {"A": "a\0b"}, {1: "x"}])
+def test_a_bad_variable_is_refused_without_showing_its_value(backend, env):
+    """What cannot be a variable is a ConfigError before anything runs."""
+    with pytest.raises(ConfigError, match="env"):
+        backend.exec("touch ran", env=env)
+    assert not backend.exists("ran")
+
+
+@pytest.mark.parametrize("command", ["", "  \n", None, 7, ["ls"], b"ls", "echo \0"])
+def test_a_bad_command_is_refused(backend, command):
+    """What is no command is a ConfigError before anything runs."""
+    with pytest.raises(ConfigError, match="command"):
+        backend.exec(command)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, "5", True, float("nan")])
+def test_a_bad_timeout_is_refused(backend, timeout):
+    """A timeout is a number of seconds above zero, or None."""
+    with pytest.raises(ConfigError, match="timeout"):
+        backend.exec("touch ran", timeout=timeout)
+
+
+def test_a_bad_encoding_is_refused_before_the_command_runs(backend):
+    """An encoding nobody knows is a ConfigError, not a surprise after the work is done."""
+    backend.mkdir(".")
+    with pytest.raises(ConfigError, match="encoding"):
+        backend.exec("touch ran", encoding="utf-nine")
+    with pytest.raises(ConfigError, match="encoding"):
+        backend.exec("touch ran", encoding="utf-nine", on_output=lambda *_: None)
+    assert not backend.exists("ran")
+
+
+def test_a_lone_surrogate_is_refused_or_arrives_as_its_byte(sh):
+    """Text that is no text harms nobody: undecodable bytes pass, other surrogates are a ConfigError."""
+    for _ in range(12):  # more than there are channels
+        with pytest.raises(ConfigError, match="surrogate"):
+            sh.exec("echo '\ud800'")
+        with pytest.raises(ConfigError, match="surrogate"):
+            sh.exec("true", env={"A": "\ud800"})
+    assert sh.exec("printf '%s' '\udcff'", encoding=None).stdout == b"\xff"
+    assert sh.exec('printf %s "$A"', env={"A": "\udcff"}, encoding=None).stdout == b"\xff"
+
+
+def test_stdin_is_empty(sh):
+    """A command that reads its input sees the end of it at once, also with variables set."""
+    assert sh.exec("cat; echo end").stdout == "end\n"
+    assert sh.exec("cat; echo end", env={"A": "x"}).stdout == "end\n"
+
+
+def test_cwd_is_the_root_unless_told(shell, sh):
+    """Commands start in the root, or in a folder below it."""
+    sh.mkdir("a/b c")
+    root = os.path.realpath(shell.root)
+    assert sh.exec("pwd -P").stdout.strip() == root
+    assert sh.exec("pwd -P", cwd="a").stdout.strip() == f"{root}/a"
+    assert sh.exec("pwd -P", cwd="a/b c").stdout.strip() == f"{root}/a/b c"
+    assert sh.exec("pwd -P", cwd="/a").stdout.strip() == f"{root}/a"
+    assert sh.exec("pwd -P", cwd=f"{root}/a").stdout.strip() == f"{root}/a"
+    assert sh.exec("pwd -P", cwd="a/../a/./b c/").stdout.strip() == f"{root}/a/b c"
+
+
+@pytest.mark.parametrize("name", ["-P", "-", "new\nline", "sp ace", "a'b", "$HOME", "é☃", "*", "~"])
+def test_cwd_may_have_a_strange_name(shell, sh, name):
+    """No letter in the name of a folder means anything."""
+    sh.mkdir(name)
+    assert sh.exec("pwd -P", cwd=name).stdout == f"{os.path.realpath(shell.root)}/{name}\n"
+
+
+def test_a_missing_cwd_is_a_missing_file(backend):
+    """The command is not run somewhere else instead."""
+    with pytest.raises(FileMissing, match="nowhere"):
+        backend.exec("true", cwd="nowhere")
+    with pytest.raises(FileMissing, match="nowhere"):
+        backend.exec("true", cwd="nowhere", env={"A": "1"}, check=False)
+
+
+@pytest.mark.parametrize("cwd", ["..", "../outside", "a/../../outside", "/.."])
+def test_cwd_does_not_leave_the_root_by_dots(backend, cwd):
+    """An escape is refused, not cut off."""
+    with pytest.raises(PathEscapeError):
+        backend.exec("true", cwd=cwd)
+
+
+def test_cwd_does_not_leave_the_root_by_a_symlink(shell, sh):
+    """A symlink to the outside is no way out, also not in the middle of a path; one inside the root works."""
+    sh.exec(f"ln -s '{shell.outside}' out; mkdir in; ln -s in link; ln -s .. up")
+    for cwd in ("out", "up", "up/outside", "in/../out"):
+        with pytest.raises(PathEscapeError):
+            sh.exec("touch ran", cwd=cwd)
+    assert not (shell.outside / "ran").exists()
+    assert sh.exec("pwd -P", cwd="link").stdout.strip().endswith("/in")
+
+
+def test_a_root_whose_name_another_begins_with_is_no_way_out(shell, sh):
+    """/root2 is not under /root."""
+    sh.exec(f"mkdir '{shell.root}2'; ln -s '{shell.root}2' twin")
+    with pytest.raises(PathEscapeError):
+        sh.exec("true", cwd="twin")
+
+
+def test_commands_from_many_threads_share_the_channels(shell):
+    """More commands at once than channels: those without one wait, and every answer finds its caller."""
+    backend = shell.backend()
+    backend.exec("true")
+    before = shell.logins()
+    start = threading.Barrier(30)
+
+    def one(number):
+        start.wait(30)
+        return backend.exec(f"sleep 0.05; echo {number}").stdout
+
+    with ThreadPoolExecutor(30) as threads:
+        assert list(threads.map(one, range(30))) == [f"{number}\n" for number in range(30)]
+    assert shell.logins() == before
+
+
+def test_commands_that_wait_for_a_channel_run_in_the_order_they_came(shell):
+    """With one channel the commands run one after the other, first come first served."""
+    options = {"max_channels": 1} if shell.info else {}
+    backend = shell.backend(**options)
+    backend.exec("true")
+    if not shell.info:
+        return  # nothing to wait for on this machine
+    from pool.runtime import loop_thread
+
+    async def all_at_once():
+        import asyncio
+
+        await asyncio.gather(*(asyncio.create_task(backend.aexec(f"echo {n} >> order")) for n in range(12)))
+
+    loop_thread().run(all_at_once())
+    assert backend.read("order").split() == [str(n) for n in range(12)]
