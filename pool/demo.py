@@ -154,7 +154,7 @@ class Demo:
         path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         with (self.folder / f"{log}.log").open("wb") as output:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                ShellCommand(command, here, here, {}).argv,
+                ShellCommand(command, [here], {}).argv,
                 env={**os.environ, **environment, "PYTHONPATH": path},
                 stdin=subprocess.PIPE,
                 stdout=output,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pool.backends.base import Capabilities
 from pool.backends.output import Capture, Stream
 from pool.backends.paths import refuse_nested, refuse_outside
-from pool.backends.shell import KILL_GRACE, ShellCommand, check_env
+from pool.backends.shell import KILL_GRACE, STOP, ShellCommand, check_env
 from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
 from pool.config import check_number
 from pool.errors import BackendClosed, BackendUnavailable, FileOperationFailed
@@ -62,7 +62,7 @@ class LocalFilesystemBackend(WorkspaceBackend):
         await asyncio.gather(*(command.kill() for command in self._running))
 
     async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
-        shell = ShellCommand(command, cwd.full, cwd.root, {})
+        shell = ShellCommand(command, cwd.chain, {})
         loop = asyncio.get_running_loop()
         running = _Command(capture)
         try:
@@ -233,10 +233,11 @@ class _Command(asyncio.SubprocessProtocol):
             raise
 
     async def kill(self) -> None:
-        """Let go of the lifeline, so that the supervising shell kills the group; make sure of it."""
+        """Have the supervising shell kill the group; make sure of it."""
         self._capture.detach()
         for fd in self._open_pipes:  # a pipe that waits for a slow reader would not tell its end
             self._transport.get_pipe_transport(fd).resume_reading()
+        self.write(STOP)
         self._transport.get_pipe_transport(0).close()
         done, _ = await asyncio.wait({self._ended}, timeout=_KILL_PATIENCE)
         if not done:

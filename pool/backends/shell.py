@@ -1,18 +1,19 @@
 """The supervised shell: how a command runs, on this machine and on a remote one.
 
 A small POSIX shell script runs the command in the session's process group with an empty stdin. The script's own
-stdin is a lifeline that the worker holds: when it ends - a timeout, a cancel, a lost connection, a worker that was
-killed - the whole process group gets TERM, then KILL. So nothing outlives whoever asked for it.
-(A command that makes a session of its own, such as a daemon, leaves the group, and stays.)
+stdin is a lifeline that the worker holds: when it says so (a timeout, a cancel) or ends before the command (a lost
+connection, a worker that was killed), the whole process group gets TERM, then KILL. So nothing outlives whoever asked
+for it. What a command left running in the background when it ended stays, and so does one that makes a session of its
+own, such as a daemon.
 """
 
 import re
 import secrets
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pool.backends.paths import encodable, refuse_outside
+from pool.backends.paths import encodable
 from pool.errors import ConfigError, FileOperationFailed, PathEscapeError
 
 KILL_GRACE = 0.5
@@ -25,28 +26,39 @@ _ARGUMENT_LIMIT = 60_000
 _SHELL_LIMIT = 30_000
 """... and so does the command's own shell: one with more characters, of at most 4 bytes, is read as a file."""
 
-# $1 command  $2 folder  $3 root  $4 token  $5 "s" if a line of setup comes first on stdin
+STOP = b"stop\n"
+"""Written to the lifeline, it ends the process group, even one whose shell has ended already."""
+
+_BOURNE = frozenset({"ash", "bash", "dash", "ksh", "mksh", "sh"})
+"""Login shells that can run the script themselves; others start /bin/sh for it."""
+
+# $1 command  $2 token  $3 "s" if a line of setup comes first on stdin  $4... folders, each inside the one before
 _SCRIPT = f"""\
 exec 3<&0 </dev/null
-if [ "$5" = s ]; then IFS= read -r _pool_line <&3 || exit {_NOTICE_CODE}; eval "$(printf %b "$_pool_line")"; fi
-cd -P -- "$2" 2>/dev/null || {{ echo "$4 cwd" >&2; exit {_NOTICE_CODE}; }}
-case "${{PWD%/}}/" in "${{3%/}}"/*) ;; *) echo "$4 escape $PWD" >&2; exit {_NOTICE_CODE};; esac
-( trap "" TERM HUP INT; read -r _pool_line <&3; kill -s USR1 "$$"; kill -s TERM -- "-$$"
-  sleep {KILL_GRACE}; kill -s KILL -- "-$$" ) >/dev/null 2>&1 &
+if [ "$3" = s ]; then IFS= read -r _pool_line <&3 || exit {_NOTICE_CODE}; eval "$(printf %b "$_pool_line")"; fi
+_pool_command=$1 _pool_token=$2 _pool_root=
+shift 3
+for _pool_line do
+  cd -P -- "$_pool_line" 2>/dev/null || {{ echo "$_pool_token cwd" >&2; exit {_NOTICE_CODE}; }}
+  case "${{PWD%/}}/" in "${{_pool_root%/}}"/*) ;; *) echo "$_pool_token escape $PWD" >&2; exit {_NOTICE_CODE};; esac
+  _pool_root=$PWD
+done
+( trap "" TERM HUP INT; _pool_line=; read -r _pool_line <&3
+  [ -n "$_pool_line" ] || kill -s 0 "$$" || exit
+  kill -s USR1 "$$"; kill -s TERM -- "-$$"; sleep {KILL_GRACE}; kill -s KILL -- "-$$" ) >/dev/null 2>&1 &
 _pool_guard=$!
 exec 3<&- 4>&2 2>/dev/null
 _pool_ended=
 trap _pool_ended=1 USR1
 trap : TERM
 ( exec 2>&4 4>&-
-  if [ "${{#1}}" -le {_SHELL_LIMIT} ]; then exec /bin/sh -c "$1"; fi
+  if [ "${{#_pool_command}}" -le {_SHELL_LIMIT} ]; then exec /bin/sh -c "$_pool_command"; fi
   exec /bin/sh -c ". /dev/fd/9" /bin/sh 9<<POOL
-$1
+$_pool_command
 POOL
 )
 _pool_code=$?
 [ -n "$_pool_ended" ] && wait "$_pool_guard"
-kill -s KILL "$_pool_guard" 2>/dev/null
 exit "$_pool_code"
 """
 
@@ -54,36 +66,30 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class ShellCommand:
-    """One command, ready to be started: ``argv`` (or ``line`` for a login shell) and a line of ``setup`` for stdin."""
+    """One command, ready to be started: ``argv`` (or a `line` for a login shell) and a line of ``setup`` for stdin.
 
-    def __init__(self, command: str, folder: str, root: str, env: Mapping[str, str]) -> None:
-        self.folder = folder
-        self.root = root
+    It runs in the last of *folders*, each of which must be inside the one before, symlinks resolved.
+    """
+
+    def __init__(self, command: str, folders: Sequence[str], env: Mapping[str, str]) -> None:
+        self.folder = folders[-1]
         self.token = secrets.token_hex(8)
         self.setup = b""
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
         quoted = shlex.quote(command)
         length = len(quoted.encode("utf-8", "surrogateescape"))
-        if exports or length > _ARGUMENT_LIMIT or not _is_text(command + folder + root):
+        if exports or length > _ARGUMENT_LIMIT or not _is_text(command + "".join(folders)):
             # Through stdin, where no `ps` shows it; escaped into one line for `read` and `printf %b`.
-            script = f'{exports}shift 3; set -- {shlex.join([command, folder, root])} "$@"\n'
+            script = f"{exports}set -- {shlex.join([command, self.token, '', *folders])}\n"
             self.setup = _escape(script.encode("utf-8", "surrogateescape")) + b"\n"
-            command = folder = root = ""
-        self.argv = [
-            "/bin/sh",
-            "-c",
-            _SCRIPT,
-            "pool",
-            command,
-            folder,
-            root,
-            self.token,
-            "s" if self.setup else "",
-        ]
+            command, folders = "", ()
+        self._arguments = [command, self.token, "s" if self.setup else "", *folders]
+        self.argv = ["/bin/sh", "-c", _SCRIPT, "pool", *self._arguments]
 
-    @property
-    def line(self) -> str:
-        """The command as one line for the login shell of a remote user."""
+    def line(self, login_shell: str) -> str:
+        """The command as text for the login shell of a remote user, whose name says whether it is a Bourne shell."""
+        if login_shell in _BOURNE:
+            return f"set -- {shlex.join(self._arguments)}\n{_SCRIPT}"
         return "exec " + shlex.join(self.argv)
 
     def raise_notice(self, exit_code: int, stderr: str) -> None:
@@ -93,8 +99,7 @@ class ShellCommand:
         what, _, where = stderr[stderr.index(self.token) + len(self.token) :].strip().partition(" ")
         if what == "cwd":
             raise FileOperationFailed.of(2, "cwd", self.folder, "no such folder, or not accessible")
-        refuse_outside(where, self.root, self.folder)
-        raise PathEscapeError(f"cwd {self.folder!r} leaves the root {self.root!r}")
+        raise PathEscapeError(f"cwd {self.folder!r} leaves its root through a symlink, to {where!r}")
 
 
 def _is_text(text: str) -> bool:

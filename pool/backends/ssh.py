@@ -23,8 +23,9 @@ from pool.errors import BackendClosed, BackendUnavailable, ConfigError, PoolErro
 if logging.getLogger("asyncssh").level == logging.NOTSET:
     asyncssh.set_log_level(logging.WARNING)  # at INFO it logs every command, and what is secret in it
 
-# Makes the root and tells its symlink-free path behind a mark, so that talk of the login shell does no harm.
-_PREPARE = 'mkdir -p -- "$1" && cd -P -- "$1" && printf "%s%s\\n" "$2" "$PWD"'
+# Makes the root; tells the name of the login shell and the root's symlink-free path behind a mark, so that talk of the
+# login shell does no harm.
+_PREPARE = 'mkdir -p -- "$1" && cd -P -- "$1" && printf "%s%s:%s\\n" "$2" "${SHELL##*/}" "$PWD"'
 _MARK = "pool-root:"
 
 _CLOSE_PATIENCE = 2.0
@@ -92,6 +93,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._channels = Channels(max_channels)
         self._files = RemoteFiles(self)
         self._lost_why = "it broke"
+        self._login_shell = ""
 
     # -- life
 
@@ -112,7 +114,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._channels = Channels(self._max_channels)
         self._files = RemoteFiles(self)
         try:
-            self.root = await self._make_root(connection)
+            self._login_shell, self.root = await self._make_root(connection)
         except BaseException:
             self._connection = None
             connection.abort()
@@ -168,7 +170,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
             return BackendUnavailable(f"{where}: connection lost while logging in: {error.reason}", "lost", 0.0)
         return BackendUnavailable(f"{where}: unreachable: {error}", "unreachable", 0.0)
 
-    async def _make_root(self, connection: asyncssh.SSHClientConnection) -> str:
+    async def _make_root(self, connection: asyncssh.SSHClientConnection) -> tuple[str, str]:
         folder = "." + self.root_dir[1:] if self.root_dir.split("/")[0] == "~" else self.root_dir
         capture = Capture(64 * 1024)
         line = "exec " + shlex.join(["/bin/sh", "-c", _PREPARE, "pool", folder, _MARK])
@@ -178,7 +180,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
             why = capture.tail() or f"exit code {code}"
             text = f"{self.host}: cannot make or enter root_dir {self.root_dir!r}: {why}"
             raise BackendUnavailable(text, "setup", None)
-        return output.rpartition(_MARK)[2].rstrip("\n")
+        shell, _, root = output.rpartition(_MARK)[2].rstrip("\n").partition(":")
+        return shell, root
 
     def _lost(self, error: Exception | None) -> None:
         """Note that the connection is gone; called by asyncssh."""
@@ -209,22 +212,23 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     # -- commands
 
     async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
-        shell = ShellCommand(command, cwd.full, cwd.root, env)
-        session = await self._start_anew(shell.line, capture, shell.setup)
+        shell = ShellCommand(command, cwd.chain, env)
+        session = await self._start_anew(shell, capture)
         code = await session.ended()
         shell.raise_notice(code, capture.tail())
         return code
 
-    async def _start_anew(self, line: str, capture: Capture, setup: bytes) -> CommandSession:
+    async def _start_anew(self, shell: ShellCommand, capture: Capture) -> CommandSession:
         """Start it, once more on a new connection if the present one was dead before it got the command."""
         connection = await self.live_connection()
         session = CommandSession(self, capture)
         try:
-            return await self._start(connection, line, session, setup)
+            return await self._start(connection, shell.line(self._login_shell), session, shell.setup)
         except BackendUnavailable:
             if session.started or not connection.is_closed():
                 raise
-        return await self._start(await self.live_connection(), line, CommandSession(self, capture), setup)
+        connection = await self.live_connection()
+        return await self._start(connection, shell.line(self._login_shell), CommandSession(self, capture), shell.setup)
 
     async def _start(
         self, connection: asyncssh.SSHClientConnection, line: str, session: CommandSession, setup: bytes = b""

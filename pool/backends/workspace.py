@@ -55,6 +55,11 @@ class Place:
         """The absolute path."""
         return self.root if self.path == "." else f"{self.root.rstrip('/')}/{self.path}"
 
+    @property
+    def chain(self) -> list[str]:
+        """The absolute path after the roots it must be inside of, the outermost first."""
+        return [*self.outer, self.root, self.full]
+
 
 class Driver(ABC):
     """What a kind of backend does on the event loop. File errors are `FileOperationFailed`, never the library's."""

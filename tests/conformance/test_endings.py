@@ -38,6 +38,18 @@ def test_a_timeout_kills_the_whole_family(shell, sh):
     assert shell.logins() == logins
 
 
+@pytest.mark.parametrize("shell", ["local"], indirect=True)
+def test_a_timeout_kills_who_holds_the_output_of_a_shell_that_has_ended(shell, sh):
+    """The command has ended, a child of it has not, and exec waits for its output: the timeout ends that too.
+
+    Not over SSH: there the lifeline is cut with the session's first process, as `docs/architecture.md` tells.
+    """
+    with pytest.raises(CommandTimeout):
+        sh.exec("sleep 1000 & echo $! > pid", timeout=1)
+    wait_gone(wait_pid(shell.root / "pid"))
+    assert sh.exec("echo usable").stdout == "usable\n"
+
+
 def test_a_timeout_of_a_command_that_floods(shell, sh):
     """A command that writes without end is ended like any other, with on_output and without."""
     for on_output in (None, lambda *_: None):

@@ -57,6 +57,15 @@ def test_a_scope_is_not_left_by_dots(backend, path):
     assert backend.read("sibling") == "x"
 
 
+def test_a_scope_through_a_symlink_inside_its_root_works(sh):
+    """``current -> releases/1``, as deployments have it: for files and commands alike."""
+    sh.exec("mkdir -p releases/1; ln -s releases/1 current")
+    scope = sh.scope("current")
+    scope.write("file", "x")
+    assert scope.exec("cat file").stdout == "x"
+    assert sh.read("releases/1/file") == "x"
+
+
 def test_a_scope_is_not_left_by_a_symlink(sh):
     """A link in the scope to elsewhere in the root is an escape from the scope."""
     sh.write("sibling/file", "x")
