@@ -24,7 +24,6 @@ app.conf.update(
     task_track_started=True,
     broker_connection_retry_on_startup=True,
     worker_send_task_events=True,
-    task_send_sent_event=True,
     enable_utc=True,
 )
 if is_redis(str(settings.broker_url)):

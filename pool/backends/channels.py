@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import asyncssh
 
 from pool.backends.output import Capture, Stream
-from pool.backends.shell import KILL_GRACE, STOP
+from pool.backends.shell import KILL_GRACE
 from pool.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -204,12 +204,11 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
         return self._code
 
     async def kill(self) -> None:
-        """Have the supervising shell kill the group, and wait until it is gone."""
+        """Let go of the lifeline, so that the supervising shell kills the group, and wait until it is gone."""
         if self._ended.done():
             return
         self._capture.detach()
         self._channel.resume_reading()  # a channel that waits for a slow reader would not tell its end
-        self._channel.write(STOP)
         self._channel.write_eof()
         done, _ = await asyncio.wait({self._ended}, timeout=_KILL_PATIENCE)
         if not done:

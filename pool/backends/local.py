@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pool.backends.base import Capabilities
 from pool.backends.output import Capture, Stream
 from pool.backends.paths import refuse_nested, refuse_outside
-from pool.backends.shell import KILL_GRACE, STOP, ShellCommand, check_env
+from pool.backends.shell import KILL_GRACE, ShellCommand, check_env
 from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
 from pool.config import check_number
 from pool.errors import BackendClosed, BackendUnavailable, FileOperationFailed
@@ -63,12 +63,19 @@ class LocalFilesystemBackend(WorkspaceBackend):
 
     async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
         shell = ShellCommand(command, cwd.chain, {})
-        loop = asyncio.get_running_loop()
         running = _Command(capture)
-        try:
-            await loop.subprocess_exec(
+        starting = asyncio.ensure_future(
+            asyncio.get_running_loop().subprocess_exec(
                 lambda: running, *shell.argv, env=dict(env), cwd=self.root, start_new_session=True
             )
+        )
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:  # asyncio would kill the supervising shell alone
+            await asyncio.wait({starting})
+            if starting.exception() is None:
+                await running.kill()
+            raise
         except OSError as error:
             raise FileOperationFailed.of(error.errno or 0, "start of", command[:80]) from error
         self._running.add(running)
@@ -233,14 +240,20 @@ class _Command(asyncio.SubprocessProtocol):
             raise
 
     async def kill(self) -> None:
-        """Have the supervising shell kill the group; make sure of it."""
+        """Let go of the lifeline, so that the supervising shell kills the group; make sure of it."""
         self._capture.detach()
         for fd in self._open_pipes:  # a pipe that waits for a slow reader would not tell its end
             self._transport.get_pipe_transport(fd).resume_reading()
-        self.write(STOP)
         self._transport.get_pipe_transport(0).close()
+        if self._transport.get_returncode() is not None:  # the shell has ended, a child of it holds the output
+            self._signal_group(signal.SIGTERM)
+            await asyncio.wait({self._ended}, timeout=KILL_GRACE)
+            self._signal_group(signal.SIGKILL)
         done, _ = await asyncio.wait({self._ended}, timeout=_KILL_PATIENCE)
         if not done:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._transport.get_pid(), signal.SIGKILL)
+            self._signal_group(signal.SIGKILL)
             self._transport.close()
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._transport.get_pid(), number)

@@ -1,10 +1,10 @@
 """The supervised shell: how a command runs, on this machine and on a remote one.
 
 A small POSIX shell script runs the command in the session's process group with an empty stdin. The script's own
-stdin is a lifeline that the worker holds: when it says so (a timeout, a cancel) or ends before the command (a lost
-connection, a worker that was killed), the whole process group gets TERM, then KILL. So nothing outlives whoever asked
-for it. What a command left running in the background when it ended stays, and so does one that makes a session of its
-own, such as a daemon.
+stdin is a lifeline that the worker holds: when it ends before the command - a timeout, a cancel, a lost connection, a
+worker that was killed - the whole process group gets TERM, then KILL. So nothing outlives whoever asked for it. What a
+command left running in the background when it ended stays, and so does one that makes a session of its own, such as a
+daemon.
 """
 
 import re
@@ -26,9 +26,6 @@ _ARGUMENT_LIMIT = 60_000
 _SHELL_LIMIT = 30_000
 """... and so does the command's own shell: one with more characters, of at most 4 bytes, is read as a file."""
 
-STOP = b"stop\n"
-"""Written to the lifeline, it ends the process group, even one whose shell has ended already."""
-
 _BOURNE = frozenset({"ash", "bash", "dash", "ksh", "mksh", "sh"})
 """Login shells that can run the script themselves; others start /bin/sh for it."""
 
@@ -43,9 +40,8 @@ for _pool_line do
   case "${{PWD%/}}/" in "${{_pool_root%/}}"/*) ;; *) echo "$_pool_token escape $PWD" >&2; exit {_NOTICE_CODE};; esac
   _pool_root=$PWD
 done
-( trap "" TERM HUP INT; _pool_line=; read -r _pool_line <&3
-  [ -n "$_pool_line" ] || kill -s 0 "$$" || exit
-  kill -s USR1 "$$"; kill -s TERM -- "-$$"; sleep {KILL_GRACE}; kill -s KILL -- "-$$" ) >/dev/null 2>&1 &
+( trap "" TERM HUP INT; read -r _pool_line <&3; kill -s USR1 "$$"; kill -s TERM -- "-$$"
+  sleep {KILL_GRACE}; kill -s KILL -- "-$$" ) >/dev/null 2>&1 &
 _pool_guard=$!
 exec 3<&- 4>&2 2>/dev/null
 _pool_ended=
@@ -59,6 +55,7 @@ POOL
 )
 _pool_code=$?
 [ -n "$_pool_ended" ] && wait "$_pool_guard"
+kill -s KILL "$_pool_guard" 2>/dev/null
 exit "$_pool_code"
 """
 

@@ -1,29 +1,51 @@
 """Slots for channels: no interleaving of cancel, refusal and return loses one."""
 
 import asyncio
+from types import SimpleNamespace
 
+import asyncssh
 import pytest
 
+from pool.backends import channels as module
 from pool.backends.channels import Channels
+from pool.errors import BackendUnavailable
+
+ALIVE = SimpleNamespace(is_closed=lambda: False)
+DEAD = SimpleNamespace(is_closed=lambda: True)
+REFUSAL = asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "open failed")
+
+
+class Server:
+    """Grants as many channels at a time as it has."""
+
+    def __init__(self, sessions: int) -> None:
+        self.free = sessions
+        self.refusals = 0
+
+    async def open(self):
+        if not self.free:
+            self.refusals += 1
+            raise REFUSAL
+        self.free -= 1
 
 
 def test_slots_go_first_come_first_served():
     """Who waits longest is next."""
 
     async def main():
-        channels, order = Channels(1), []
+        channels, server, order = Channels(1), Server(8), []
 
         async def use(name):
-            await channels.take()
+            await channels.granted(ALIVE, server.open)
             order.append(name)
-            channels.give_back()
+            channels.closed()
 
-        await channels.take()
+        await channels.granted(ALIVE, server.open)
         tasks = [asyncio.create_task(use(name)) for name in "abc"]
         await asyncio.sleep(0)
-        channels.give_back()
+        channels.closed()
         await asyncio.gather(*tasks)
-        assert (order, channels.open_now) == (["a", "b", "c"], 0)
+        assert order == ["a", "b", "c"]
 
     asyncio.run(main())
 
@@ -33,41 +55,65 @@ def test_a_waiter_cancelled_in_the_moment_of_its_turn(cancel_first):
     """The cancel stays a cancel, and the slot goes to the next in line."""
 
     async def main():
-        channels = Channels(1)
-        await channels.take()
-        first, second = (asyncio.create_task(channels.take()) for _ in range(2))
+        channels, server = Channels(1), Server(8)
+        await channels.granted(ALIVE, server.open)
+        first, second = (asyncio.create_task(channels.granted(ALIVE, server.open)) for _ in range(2))
         await asyncio.sleep(0)
-        for step in (first.cancel, channels.give_back) if cancel_first else (channels.give_back, first.cancel):
+        for step in (first.cancel, channels.closed) if cancel_first else (channels.closed, first.cancel):
             step()
         with pytest.raises(asyncio.CancelledError):
             await first
         await asyncio.wait_for(second, 10)
-        assert channels.open_now == 1
 
     asyncio.run(main())
 
 
-def test_a_refusal_lowers_the_limit_to_what_is_open():
-    """The server's word counts more than ours."""
+def test_a_refused_channel_is_asked_for_again_when_another_one_ends():
+    """The server has fewer sessions than we have slots; the one that ends makes room, and no limit is learned."""
 
     async def main():
-        channels = Channels(8)
-        for _ in range(5):
-            await channels.take()
-        assert channels.refused()
-        assert channels.refused()
-        assert (channels.limit, channels.open_now) == (3, 3)
+        channels, server = Channels(8), Server(2)
+        for _ in range(2):
+            await channels.granted(ALIVE, server.open)
+        waiting = asyncio.create_task(channels.granted(ALIVE, server.open))
+        while not server.refusals:
+            await asyncio.sleep(0)
+        server.free += 1
+        channels.closed()
+        await asyncio.wait_for(waiting, 10)
+        server.free += 6
+        for _ in range(6):
+            await asyncio.wait_for(channels.granted(ALIVE, server.open), 10)
 
     asyncio.run(main())
 
 
-def test_a_refusal_with_nothing_open_is_final():
-    """There is nobody to wait for."""
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_server_that_refuses_although_nothing_can_end_is_an_error(lasting, monkeypatch):
+    """Nothing is open, or only what lasts as long as the connection: waiting cannot help."""
+    monkeypatch.setattr(module, "_REFUSED_PATIENCE", 0.0)
 
     async def main():
-        channels = Channels(8)
-        await channels.take()
-        assert not channels.refused()
-        assert channels.open_now == 0
+        channels, server = Channels(8), Server(int(lasting))
+        if lasting:
+            await channels.granted(ALIVE, server.open, lasting=True)
+        with pytest.raises(BackendUnavailable, match="refuses every channel") as caught:
+            await channels.granted(ALIVE, server.open)
+        assert caught.value.reason == "sessions"
+        server.free = 8
+        for _ in range(8 - lasting):  # the slot of the refused one is free again
+            await asyncio.wait_for(channels.granted(ALIVE, server.open), 10)
+
+    asyncio.run(main())
+
+
+def test_a_refusal_of_a_dead_connection_is_told_at_once():
+    """It is the connection that ended, not the server that refuses."""
+
+    async def main():
+        channels = Channels(1)
+        with pytest.raises(asyncssh.ChannelOpenError):
+            await channels.granted(DEAD, Server(0).open)
+        await asyncio.wait_for(channels.granted(ALIVE, Server(1).open), 10)
 
     asyncio.run(main())
