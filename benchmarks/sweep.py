@@ -29,7 +29,6 @@ def measure(*, quick: bool) -> Report:
             "ours": lambda: _batch(lambda: _us(pool.sweep), first),
             "decision": lambda: _batch(lambda: _us(lambda: pool._life.sweep(monotonic(), []))),
             "reaper": lambda: loop_thread().run(_reaping(pool)),
-            "hop": lambda: _batch(lambda: _us(lambda: loop_thread().run(_nothing()))),
         }
         if theirs is not None:
             contestants["theirs"] = lambda: _batch(lambda: loop.run_until_complete(_their_sweep(theirs)))
@@ -44,7 +43,6 @@ def measure(*, quick: bool) -> Report:
     report.raw["us"] = {"none due": told, "none due, first of a turn": first, f"{DUE} due": evicted}
     report.add("none due: BackendPoolManager.sweep(), as called", p50(told["ours"]), "us", TARGET,
                remark=spread(told["ours"]))  # fmt: skip
-    report.add("... of which the way to the event loop's thread and back", p50(told["hop"]), "us")
     report.add("none due: the first sweep of each turn (cold caches)", p50(first), "us")
     report.add("none due: as the pool's own reaper does it, on the loop", p50(told["reaper"]), "us", TARGET)
     report.add("none due: the decision alone, Lifecycle.sweep()", p50(told["decision"]), "us")
@@ -57,9 +55,6 @@ def measure(*, quick: bool) -> Report:
         report.add(f"{DUE:,} due, closes included: agent-backend", p50(evicted["theirs"]) / 1e3, "ms")
         report.add("agent-backend / ours", ratio(evicted["theirs"], evicted["ours"]), "x")
     report.notes.append(f"Each turn is {BATCH} sweeps in a row, of which the median counts.")
-    report.notes.append(
-        "A hop between threads costs 20 us where both happen to share a core, 110 us where not: that is the machine."
-    )
     report.notes.append(
         "Memory backends on both sides: closing one costs nothing but the pool's own work. Ours closes side by side,"
         " each within close_timeout, theirs one after the other without a limit."
@@ -82,10 +77,6 @@ async def _reaping(pool: BackendPoolManager[MemoryBackend]) -> float:
         await pool.asweep()
         taken.append(1e6 * (perf_counter() - started))
     return p50(taken)
-
-
-async def _nothing() -> None:
-    pass
 
 
 def _us(run: Callable[[], Any]) -> float:

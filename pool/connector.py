@@ -90,6 +90,11 @@ class Connector(Generic[B]):
         if type(backend).tick_health is not Backend.tick_health:
             self._watched.add(backend)
 
+    @property
+    def watches(self) -> bool:
+        """Whether there is anything for `tick_health` to do."""
+        return bool(self._watched)
+
     async def tick_health(self) -> None:
         """Let each backend that wants to look after itself do so, side by side."""
         now = monotonic()

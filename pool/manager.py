@@ -333,17 +333,26 @@ class BackendPoolManager(Generic[B]):
         *now*: seconds on the monotonic clock, for tests. Costs what it evicts, however many backends are idle.
         """
         self._refuse_fork()
-        return loop_thread().run(self.asweep(now))
+        loop_thread().refuse_here()
+        if self._connector.watches:
+            loop_thread().run(self._connector.tick_health())
+        evicted, effects = self._decide_sweep(now)
+        if effects:  # else there is nothing to leave this thread for
+            loop_thread().run(self._carry_out_and_wait(effects))
+        return evicted
 
     async def asweep(self, now: float | None = None) -> list[Identity]:
         """`sweep` for any event loop."""
         self._refuse_fork()
         await loop_thread().arun(self._connector.tick_health())
-        with self._lock:
-            effects: Effects = []
-            evicted = self._life.sweep(monotonic() if now is None else now, effects)
+        evicted, effects = self._decide_sweep(now)
         await self._carry_out_and_wait(effects)
         return evicted
+
+    def _decide_sweep(self, now: float | None) -> tuple[list[Identity], Effects]:
+        effects: Effects = []
+        with self._lock:
+            return self._life.sweep(monotonic() if now is None else now, effects), effects
 
     async def _carry_out_and_wait(self, effects: Effects) -> None:
         """Carry out; return when everything that had to be closed is gone."""
