@@ -1,6 +1,5 @@
 """`install`: what turns a Celery app into one whose workers host a backend pool."""
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -15,8 +14,6 @@ from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
 from pool.worker.router import ShardRouter
 from pool.worker.transport import ShardConnection
-
-logger = logging.getLogger(__name__)
 
 
 def install(

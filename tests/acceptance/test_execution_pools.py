@@ -7,7 +7,7 @@ import pytest
 from kombu.utils.imports import symbol_by_name
 
 from pool.errors import ConfigError
-from pool.worker.bootsteps import _check_execution_pool
+from pool.worker.execution import check_execution_pool
 from tests.support.celery_nodes import WorkerNode, process_gone, run_celery
 from tests.support.site import Producer, Site
 
@@ -66,7 +66,7 @@ def test_green_threads_are_refused_with_a_reason(green: str) -> None:
     """The check that runs at start; gevent and eventlet themselves need not be installed for that."""
     cls = type("TaskPool", (), {"__module__": f"celery.concurrency.{green}"})
     with pytest.raises(ConfigError, match=f"execution pool '{green}': .*Use POOL_EXECUTION=threads"):
-        _check_execution_pool(SimpleNamespace(pool_cls=cls, concurrency=1))
+        check_execution_pool(SimpleNamespace(pool_cls=cls, concurrency=1))
 
 
 @pytest.mark.parametrize("green", ["gevent", "eventlet"])
