@@ -87,13 +87,9 @@ class BackendPoolManager(Generic[B]):
         Waits at most ``acquire_timeout``. Raises `PoolExhausted`, `AcquireTimeout`, `BackendUnavailable` (with
         ``retry_after``), `BackendClosed` (the pool is closed), `InvalidKey`, `ConfigError`.
         """
-        self._refuse_fork()
         override = dict(config) if config else None
-        if isinstance(key, str):
-            with self._lock:
-                entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
-            if entry is not None:
-                return Borrowed(self, entry, True)
+        if (entry := self._warm(key, agent, override)) is not None:
+            return Borrowed(self, entry, True)
         loop_thread().refuse_here()
         done = threading.Event()
         waiter = self._waiter(key, agent, override, done.set)
@@ -110,13 +106,9 @@ class BackendPoolManager(Generic[B]):
         self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
     ) -> Borrowed[B]:
         """`acquire_backend` for any event loop."""
-        self._refuse_fork()
         override = dict(config) if config else None
-        if isinstance(key, str):
-            with self._lock:
-                entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
-            if entry is not None:
-                return Borrowed(self, entry, True)
+        if (entry := self._warm(key, agent, override)) is not None:
+            return Borrowed(self, entry, True)
         loop = asyncio.get_running_loop()
         done = asyncio.Event()
         waiter = self._waiter(key, agent, override, lambda: loop.call_soon_threadsafe(done.set))
@@ -130,6 +122,14 @@ class BackendPoolManager(Generic[B]):
             self._abandon(waiter)
             raise
         return self._collect(waiter, timeout)
+
+    def _warm(self, key: str | None, agent: str | None, override: dict[str, Any] | None) -> Entry | None:
+        """Take an entry that is ready, if there is one; without leaving the calling thread."""
+        self._refuse_fork()
+        if not isinstance(key, str):
+            return None
+        with self._lock:
+            return self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
 
     def backend(
         self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None

@@ -8,7 +8,7 @@ import pytest
 from pool.loopback_sshd import LoopbackSshd
 from pool.sharding.hashing import shard_of
 from tests.support.celery_nodes import WorkerNode
-from tests.support.site import RESULT_TIMEOUT, Producer, Site, connections
+from tests.support.site import RESULT_TIMEOUT, Producer, Site, connections, ssh_hosts
 
 USERS = [f"user-{number}" for number in range(12)]
 
@@ -16,16 +16,7 @@ USERS = [f"user-{number}" for number in range(12)]
 @pytest.fixture(scope="module")
 def hosts(sshd: LoopbackSshd) -> str:
     """Every user has a folder of its own on the build host."""
-    return f"""
-        [default]
-        backend = "ssh"
-        host = "127.0.0.1"
-        port = {sshd.info.port}
-        username = "builder"
-        root_dir = "builds/{{key}}"
-        client_keys = "{sshd.info.client_key}"
-        known_hosts = "{sshd.info.known_hosts}"
-    """
+    return ssh_hosts(sshd.info)
 
 
 @pytest.fixture(scope="module")

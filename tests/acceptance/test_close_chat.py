@@ -7,22 +7,14 @@ from celery import states
 
 from pool.loopback_sshd import LoopbackSshd
 from tests.support.celery_nodes import WorkerNode
-from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site, connections
+from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site, connections, ssh_hosts
 from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
 def hosts(sshd: LoopbackSshd) -> str:
     """Keys on a build host, whose connections can be counted."""
-    return f"""
-        [default]
-        backend = "ssh"
-        host = "127.0.0.1"
-        port = {sshd.info.port}
-        root_dir = "builds/{{key}}"
-        client_keys = "{sshd.info.client_key}"
-        known_hosts = "{sshd.info.known_hosts}"
-    """
+    return ssh_hosts(sshd.info)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from celery import states
 
 from pool.loopback_sshd import LoopbackSshd
 from tests.support.celery_nodes import WorkerNode, process_gone
-from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site, connections, wait_group_gone
+from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site, connections, ssh_hosts, wait_group_gone
 from tests.support.waiting import wait_until
 
 Start = Callable[..., WorkerNode]
@@ -21,19 +21,13 @@ COMPOSED = "tests.acceptance.apps.composed"
 @pytest.fixture(scope="module")
 def hosts(sshd: LoopbackSshd) -> str:
     """``here*`` builds on the node's machine, everything else over SSH."""
-    return f"""
-        [default]
-        backend = "ssh"
-        host = "127.0.0.1"
-        port = {sshd.info.port}
-        root_dir = "{sshd.info.home}/{{key}}"
-        client_keys = "{sshd.info.client_key}"
-        known_hosts = "{sshd.info.known_hosts}"
+    here = f"""
         [[match]]
         key = "here*"
         backend = "local"
         root_dir = "{sshd.info.home}/{{key}}"
     """
+    return ssh_hosts(sshd.info, f"{sshd.info.home}/{{key}}") + here
 
 
 @pytest.fixture(params=["remote", "here"])

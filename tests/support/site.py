@@ -15,6 +15,7 @@ from pytest_celery import CeleryTestSetup
 import tasks.builds
 import tests.acceptance.apps.probe  # noqa: F401 - shared tasks: every app knows them
 from pool import Settings, install
+from pool.loopback_sshd import SshdInfo
 from tests.support.celery_nodes import BeatContainer, ValkeyContainer, WorkerContainer, WorkerNode, group_members
 from tests.support.waiting import wait_until
 
@@ -74,6 +75,20 @@ class Site:
 
     def teardown(self) -> None:
         self.valkey.teardown()
+
+
+def ssh_hosts(info: SshdInfo, root_dir: str = "builds/{key}") -> str:
+    """A hosts file that sends every key to a build host."""
+    return f"""
+        [default]
+        backend = "ssh"
+        host = "127.0.0.1"
+        port = {info.port}
+        username = "builder"
+        root_dir = "{root_dir}"
+        client_keys = "{info.client_key}"
+        known_hosts = "{info.known_hosts}"
+    """
 
 
 class Producer(CeleryTestSetup):
