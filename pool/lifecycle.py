@@ -12,27 +12,13 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from pool.config import PoolConfig
 from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter, Wake
 from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, PoolError, PoolExhausted
 from pool.failures import FailureMemory, for_each_waiter
-
-
-@dataclass
-class Counters:
-    """Totals since the pool was made."""
-
-    hits: int = 0
-    connects: int = 0
-    connect_failures: int = 0
-    evicted_idle: int = 0
-    evicted_lru: int = 0
-    retired: int = 0
-    closed: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
+from pool.stats import Counters
 
 
 class Lifecycle:

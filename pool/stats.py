@@ -1,6 +1,20 @@
-"""A snapshot of a pool."""
+"""What a pool counts, and a snapshot of it."""
 
 from dataclasses import dataclass, field
+
+
+@dataclass
+class Counters:
+    """Totals since the pool was made."""
+
+    hits: int = 0
+    connects: int = 0
+    connect_failures: int = 0
+    evicted_idle: int = 0
+    evicted_lru: int = 0
+    retired: int = 0
+    closed: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
