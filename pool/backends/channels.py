@@ -123,7 +123,7 @@ class Channels:
                     await session.kill()
                 raise
             except asyncssh.ChannelOpenError as error:
-                if session.started:  # its channel was opened, and is closed again
+                if session.started and not connection.is_closed():  # the channel was opened, and is closed again
                     text = f"the server refuses to run commands: {error.reason}"
                     raise BackendUnavailable(text, "setup", None) from error
                 raise

@@ -237,6 +237,10 @@ class RemoteFilesystemBackend(WorkspaceBackend):
             await self._channels.start(connection, session, line, setup)
         except asyncssh.Error as error:
             raise self.lost_error(error) from error
+        except BackendUnavailable as error:
+            if self.status is BackendStatus.CLOSED:  # what looks like a refusal is the end of the connection
+                raise self.lost_error() from error
+            raise
         return session
 
     async def live_connection(self) -> asyncssh.SSHClientConnection:
