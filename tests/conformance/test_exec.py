@@ -43,7 +43,7 @@ def test_the_tail_of_a_failure_is_short_and_from_the_end(backend):
 def test_a_command_that_is_not_found_says_so(backend):
     """127 and the shell's own words."""
     # "Permission denied" where a folder of PATH is closed to the user, as dash has it.
-    with pytest.raises(CommandFailed, match="no-such-program-here: (not found|Permission denied)") as caught:
+    with pytest.raises(CommandFailed, match=r"no-such-program-here: (not found|Permission denied)") as caught:
         backend.exec("no-such-program-here")
     assert caught.value.exit_code == 127
 
