@@ -1,7 +1,6 @@
 """A borrowed backend: what an acquire returns."""
 
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from pool.backends.base import Backend
@@ -10,13 +9,8 @@ from pool.entry import Entry
 B = TypeVar("B", bound=Backend)
 
 
-class Pool(Protocol[B]):
+class Pool(Protocol):
     """The side of the manager that a borrowed backend needs."""
-
-    def acquire_backend(
-        self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
-    ) -> "Borrowed[B]":
-        """See `BackendPoolManager.acquire_backend`."""
 
     def _release(self, entry: Entry) -> None: ...
 
@@ -26,7 +20,7 @@ class Borrowed(Generic[B]):
 
     __slots__ = ("_entry", "_manager", "backend", "warm")
 
-    def __init__(self, manager: "Pool[B]", entry: Entry, warm: bool) -> None:
+    def __init__(self, manager: Pool, entry: Entry, warm: bool) -> None:
         self._manager = manager
         self._entry: Entry | None = entry
         self.backend: B = entry.backend
@@ -46,19 +40,17 @@ class Borrowed(Generic[B]):
 
 
 class Borrowing(Generic[B]):
-    """``with pool.backend(key) as backend``: acquired on entry, released on exit."""
+    """``with pool.backend(key) as backend``: acquired on entry by ``acquire(*request)``, released on exit."""
 
-    __slots__ = ("_borrowed", "_manager", "_request")
+    __slots__ = ("_acquire", "_borrowed", "_request")
 
-    def __init__(self, manager: "Pool[B]", request: tuple[Any, ...]) -> None:
-        self._manager = manager
+    def __init__(self, acquire: Callable[..., Borrowed[B]], request: tuple[Any, ...]) -> None:
+        self._acquire = acquire
         self._request = request
 
     def __enter__(self) -> B:
-        self._borrowed = self._manager.acquire_backend(*self._request)
+        self._borrowed = self._acquire(*self._request)
         return self._borrowed.backend
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._borrowed.release()

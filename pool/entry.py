@@ -50,7 +50,6 @@ class Entry:
 
     __slots__ = (
         "backend",
-        "born",
         "busy_since",
         "config",
         "expires",
@@ -87,7 +86,6 @@ class Entry:
         self.users = 0
         self.max_users: int | None = None
         self.waiters: deque[Waiter] = deque()
-        self.born = now
         self.expires = float("inf")
         self.idle_since = now
         self.busy_since = now

@@ -256,7 +256,6 @@ class Lifecycle:
             for waiter in entry.waiters:
                 waiter.warm = False
             entry.backend = backend
-            entry.born = now
             entry.expires = self._expiry(now)
             entry.max_users = backend.capabilities.max_users
             self.counters.connects += 1

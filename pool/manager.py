@@ -135,7 +135,7 @@ class BackendPoolManager(Generic[B]):
         self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
     ) -> contextlib.AbstractContextManager[B]:
         """``with pool.backend(key) as backend:``: `acquire_backend`, released at the end of the block."""
-        return Borrowing(self, (key, agent, config))
+        return Borrowing(self.acquire_backend, (key, agent, config))
 
     @contextlib.asynccontextmanager
     async def abackend(

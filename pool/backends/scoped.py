@@ -19,7 +19,6 @@ class ScopedBackend(Workspace):
     """
 
     def __init__(self, parent: Workspace, path: str, env: Mapping[str, str] | None) -> None:
-        self._parent = parent
         self._driver = parent._driver
         # Relative to the driver's root, which may be known only after the first connect.
         root = Place(self._driver.root, parent._base).full

@@ -9,7 +9,7 @@ from celery import Task
 from celery.exceptions import Reject
 
 from pool.backends.base import Backend
-from pool.borrowing import Borrowed
+from pool.borrowing import Borrowed, Borrowing
 from pool.errors import BackendClosed, BackendUnavailable, ConfigError, InvalidKey, NotOwner
 from pool.keys import check_key
 from pool.manager import BackendPoolManager
@@ -160,30 +160,13 @@ class _BackendDoor:
     def __call__(
         self, agent: str | None = None, config: Mapping[str, Any] | None = None
     ) -> AbstractContextManager[Backend]:
-        return _Borrowing(self._task, agent, config)
+        return Borrowing(self._task.acquire_backend, (agent, config))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._result_backend, name)
 
     def __reduce__(self) -> Any:
         return self._result_backend.__reduce__()
-
-
-class _Borrowing:
-    """``with self.backend() as backend``."""
-
-    __slots__ = ("_borrowed", "_request", "_task")
-
-    def __init__(self, task: PooledTask, agent: str | None, config: Mapping[str, Any] | None) -> None:
-        self._task = task
-        self._request = (agent, config)
-
-    def __enter__(self) -> Any:
-        self._borrowed = self._task.acquire_backend(*self._request)
-        return self._borrowed.backend
-
-    def __exit__(self, *_: object) -> None:
-        self._borrowed.release()
 
 
 def _parameters(task: type[PooledTask]) -> dict[str, inspect.Parameter]:
