@@ -12,6 +12,7 @@ from pool.errors import ConfigError
 EXECUTION_POOLS = ("threads", "prefork", "solo")
 
 MAX_SHARDS = 65536
+MAX_LEASE_TTL = 600.0
 
 
 def check_number(name: str, value: Any, rule: str, *, above: float = 0.0, unit: str = "s") -> None:
@@ -95,10 +96,18 @@ class Settings:
     namespace: str = "pool"
     shards: int = 64
     node_shards: tuple[int, ...] | None = None
-    """The shards whose queues this node consumes; None: all of them."""
+    """The shards of this node, for good: static placement. None: the nodes share all of them out by leases."""
+    lease_ttl: float = 5.0
+    """Seconds after its last heartbeat when a node's shards may be taken over."""
+    lease_heartbeat: float = 1.0
+    """Seconds between two heartbeats of a node."""
+    handoff_timeout: float = 300.0
+    """Seconds that running tasks get when their shard moves to another node; then they are ended and run again there."""
     execution: str = "threads"
     concurrency: int | None = None
     """Tasks at once in this node. None: 32 with threads, else 1."""
+    key_concurrency: int = 4
+    """Tasks of one key at once; more of them wait, without holding up other keys."""
     hosts_file: Path | None = None
     data_dir: Path = field(default_factory=lambda: Path.cwd() / ".pool")
     """The embedded Valkey's files, and the folders of keys that have no host."""
@@ -129,18 +138,28 @@ class Settings:
                 f"concurrency={self.concurrency} with execution={self.execution!r}: must be 1, or a key's tasks would"
                 " land in different processes. Use execution='threads', or start several nodes"
             )
-        for name in ("sweep_interval", "close_interval", "chat_ttl"):
+        if not isinstance(self.key_concurrency, int) or self.key_concurrency < 1:
+            raise ConfigError(f"key_concurrency={self.key_concurrency!r} tasks: must be a whole number, 1 or more")
+        for name in ("sweep_interval", "close_interval", "chat_ttl", "lease_heartbeat", "handoff_timeout"):
             check_number(name, getattr(self, name), "must be more than 0")
+        check_number(
+            "lease_ttl",
+            self.lease_ttl,
+            f"must be more than 2 x lease_heartbeat={self.lease_heartbeat!r} s, or one late heartbeat loses the shards",
+            above=2 * self.lease_heartbeat,
+        )
+        if self.lease_ttl > MAX_LEASE_TTL:
+            raise ConfigError(f"lease_ttl={self.lease_ttl!r} s: must be {MAX_LEASE_TTL:g} s or less: so long a dead node's tasks wait")
+
+    @property
+    def leased(self) -> bool:
+        """Whether the shards of this node come and go by leases."""
+        return self.node_shards is None
 
     @property
     def tasks_at_once(self) -> int:
         """Concurrency of the execution pool."""
         return self.concurrency or (32 if self.execution == "threads" else 1)
-
-    @property
-    def owned_shards(self) -> tuple[int, ...]:
-        """The shards whose queues this node consumes."""
-        return self.node_shards if self.node_shards is not None else tuple(range(self.shards))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
@@ -163,8 +182,12 @@ class Settings:
             namespace=env.text("POOL_NAMESPACE") or "pool",
             shards=shards,
             node_shards=env.ranges("POOL_NODE_SHARDS"),
+            lease_ttl=env.seconds("POOL_LEASE_TTL", 5.0),
+            lease_heartbeat=env.seconds("POOL_LEASE_HEARTBEAT", 1.0),
+            handoff_timeout=env.seconds("POOL_HANDOFF_TIMEOUT", 300.0),
             execution=env.text("POOL_EXECUTION") or "threads",
             concurrency=env.integer("POOL_CONCURRENCY", None),
+            key_concurrency=env.integer("POOL_KEY_CONCURRENCY", 4),
             hosts_file=Path(hosts_file) if hosts_file else None,
             data_dir=Path(data_dir).absolute() if data_dir else Path.cwd() / ".pool",
             sweep_interval=env.seconds("POOL_SWEEP_INTERVAL", 60.0),

@@ -10,7 +10,7 @@ the next to expire, so a sweep costs what it evicts, and a busy entry cannot be 
 
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -377,6 +377,24 @@ class Lifecycle:
         self._fill_room(now, effects)
         return closed, retired
 
+    def expel(self, match: Callable[[str], bool], now: float, effects: Effects) -> list[Identity]:
+        """End every pooled backend whose primary matches, now: its users will see `BackendClosed`, as will who waits."""
+        gone = [entry for entry in self.live if entry.pooled and match(entry.identity[0])]
+        waiting = [waiter for waiter in self.room if waiter.pooled and match(waiter.identity[0])]
+        self.room = deque(waiter for waiter in self.room if waiter not in waiting)
+        for entry in gone:
+            waiting.extend(entry.waiters)
+            entry.waiters.clear()
+            self._close(entry, effects)
+        self._send_away(waiting, "the backends of this key were closed", effects)
+        self._fill_room(now, effects)
+        return [entry.identity for entry in gone]
+
+    def _send_away(self, waiting: Iterable[Waiter], why: str, effects: Effects) -> None:
+        for waiter in waiting:
+            waiter.error = BackendClosed(why)
+            effects.append(Wake(waiter))
+
     def register(self, identity: Identity, config: dict[str, Any], backend: Any, now: float, effects: Effects) -> None:
         """Adopt a backend that somebody else connected; one that was there before is retired."""
         if self.shut:
@@ -400,9 +418,7 @@ class Lifecycle:
             waiting.extend(entry.waiters)
             entry.waiters.clear()
         self.room.clear()
-        for waiter in waiting:
-            waiter.error = BackendClosed("the pool is closed")
-            effects.append(Wake(waiter))
+        self._send_away(waiting, "the pool is closed", effects)
         for entry in self.live:
             if not entry.users:
                 self._close(entry, effects)

@@ -379,6 +379,18 @@ class BackendPoolManager(Generic[B]):
         await self._carry_out_and_wait(effects)
         return {"closed": [agent for _, agent in closed], "retired": [agent for _, agent in retired]}
 
+    async def aexpel(self, match: Callable[[str], bool]) -> list[Identity]:
+        """End the backends of all keys that match, in use or not, at once; return whose, when they are gone.
+
+        Their users see `BackendClosed`. For keys that this process must not work for any more.
+        """
+        self._refuse_fork()
+        effects: Effects = []
+        with self._lock:
+            gone = self._life.expel(lambda primary: primary != SHARED and match(primary), monotonic(), effects)
+        await self._carry_out_and_wait(effects)
+        return gone
+
     def idle_keys(self, idle_for: float) -> list[str]:
         """Return the keys all of whose backends have been idle for *idle_for* seconds."""
         self._refuse_fork()

@@ -1,11 +1,14 @@
-"""Celery's execution pools: which of them keep a key in one process, and how their tasks are ended."""
+"""Celery's execution pools: which of them keep a key in one process, whose turn it is, and how tasks are ended."""
 
 from typing import Any
 
+from celery.concurrency.base import apply_target
 from celery.exceptions import WorkerTerminate
 from celery.utils import log
 
 from pool.errors import ConfigError
+from pool.worker.router import KEY_HEADER
+from pool.worker.turns import Job, Turns
 
 
 def check_execution_pool(worker: Any) -> bool:
@@ -26,6 +29,64 @@ def check_execution_pool(worker: Any) -> bool:
             " would have a backend in each. Use POOL_EXECUTION=threads, or start several nodes with prefork and -c 1"
         )
     return False
+
+
+def with_turns(pool_cls: Any, extension: Any) -> Any:
+    """Return a threads pool in which the tasks of one key take turns; see `Turns`.
+
+    Celery submits each task to the executor at once, where those of a busy key would stand before everybody else's.
+    ``extension.turns`` is how others see who waits.
+    """
+
+    class TaskPool(pool_cls):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.turns = extension.turns = Turns(
+                extension.settings.key_concurrency, self.limit, self._start_job, extension.pressed
+            )
+
+        def on_apply(self, target: Any, args: Any = None, kwargs: Any = None, **options: Any) -> "Call":
+            call = Call(target, args, kwargs, options.get("callback"), options.get("accept_callback"))
+            self.turns.ask(call.job(extension))
+            return call
+
+        def _start_job(self, job: Job["Call"]) -> None:
+            self.executor.submit(self._run_job, job)
+
+        def _run_job(self, job: Job["Call"]) -> None:
+            try:
+                job.work.run()
+            finally:
+                self.turns.done(job)
+
+        def on_close(self) -> None:
+            self.turns.close()
+            super().on_close()
+
+    TaskPool.__module__ = pool_cls.__module__  # by which Celery names the pool
+    return TaskPool
+
+
+class Call:
+    """One task for a thread: what Celery's pool is told to call."""
+
+    def __init__(self, target: Any, args: Any, kwargs: Any, callback: Any, accept_callback: Any) -> None:
+        self._call = (target, args, kwargs, callback, accept_callback)
+        self.request = getattr(accept_callback, "__self__", None)
+
+    def job(self, extension: Any) -> Job["Call"]:
+        """With its key. A foreign producer that sends no key header is taken for one key per queue."""
+        headers = self._call[1][2]  # of trace_task(name, id, headers, ...)
+        queue = (headers.get("delivery_info") or {}).get("routing_key") or ""
+        key = headers.get(KEY_HEADER)
+        if key is None and extension.router.is_shard_queue(queue):
+            key = queue
+        return Job(key, queue, self)
+
+    def run(self) -> None:
+        """Call it in this thread, unless it was revoked or has expired while it waited."""
+        if self.request is None or not self.request.revoked():
+            apply_target(*self._call)
 
 
 def interruptible(pool_cls: Any, extension: Any) -> Any:

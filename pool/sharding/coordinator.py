@@ -1,0 +1,280 @@
+"""The coordinator: drives one node's `LeaseMachine` in a thread of its own, off the worker's hub.
+
+It talks to the store at each heartbeat, tells the machine what time it is, and has the worker carry out what the machine
+asks for. What a worker must be able to do is `Worker`, below; `pool.worker.tenancy` is the real one.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Protocol
+
+from redis.exceptions import RedisError
+
+from pool.errors import ConfigError, PoolError
+from pool.sharding.handoff import Abandon, Beat, Close, Instruction, Rejoin, Restore, Serve, Stop, Tenancy
+from pool.sharding.lease import Answer, LeaseMachine, Request
+from pool.sharding.ownership import Ownership, now
+
+logger = logging.getLogger(__name__)
+
+IDLE_CHECK = 0.02
+"""Seconds between two looks at whether the tasks of a draining shard are done."""
+RETRY = 0.5
+"""Seconds before something that failed on the way to the broker is tried again."""
+
+
+class Store(Protocol):
+    """Where the lease table is: `RedisStore`."""
+
+    async def beat(self, request: Request) -> Answer: ...
+    def handed(self, incarnation: str) -> contextlib.AbstractAsyncContextManager[Callable[[], Coroutine[Any, Any, None]]]: ...
+
+
+class Worker(Protocol):
+    """What the coordinator asks of the node. Each coroutine returns when it is done; shards are numbers."""
+
+    async def restore(self, dead: Iterable[str]) -> None:
+        """Put back what dead incarnations had taken from the broker and not settled. May raise; is then repeated."""
+
+    async def consume(self, shards: Iterable[int]) -> None:
+        """Consume these shards' queues."""
+
+    async def cancel(self, shards: Iterable[int]) -> None:
+        """Consume them no more, and give back what has not started."""
+
+    async def clear(self, drop: int) -> None:
+        """Wait until the backends of all shards up to this `Ownership.drop` are closed."""
+
+    def busy(self, shard: int) -> bool:
+        """Whether a task of the shard is running."""
+
+    async def renew(self) -> str:
+        """Return a new incarnation for a node that was taken for dead."""
+
+    def refuse(self, error: ConfigError) -> None:
+        """End the worker: it must not take part."""
+
+
+class Coordinator:
+    """One node's part in sharing out the shards. Its methods run on one event loop; the thread-safe ones say so."""
+
+    def __init__(self, machine: LeaseMachine, store: Store, worker: Worker, ownership: Ownership) -> None:
+        self.machine = machine
+        self.store = store
+        self.worker = worker
+        self.ownership = ownership
+        self._wake = asyncio.Event()
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._talking: asyncio.Task[None] | None = None
+        self._told_outage = False
+
+    # -- the main line
+
+    async def run(self) -> None:
+        """Take part until the machine has left."""
+        listener = asyncio.create_task(self._listen())
+        try:
+            while not self.machine.finished:
+                self._wake.clear()
+                self._carry_out(self.machine.tick(now()))
+                if self._talking is None and now() >= self.machine.next_request:
+                    self._talking = asyncio.create_task(self._talk())
+                await self._pause()
+        finally:
+            listener.cancel()
+            self.ownership.trust(0.0)
+
+    async def _pause(self) -> None:
+        """Until something happens, or is due."""
+        due = self.machine.deadline if self._talking is None else max(self.machine.trusted_until, now())
+        if any(tenancy.state == "draining" for tenancy in self.machine.tenancies.values()):
+            self._look_for_idle()
+            due = min(due, now() + IDLE_CHECK)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, due - now()) if due > now() or self._talking is None else None):
+                await self._wake.wait()
+
+    def _look_for_idle(self) -> None:
+        draining = [tenancy for tenancy in self.machine.tenancies.values() if tenancy.state == "draining"]
+        idle = [tenancy for tenancy in draining if not self.worker.busy(tenancy.shard)]
+        if idle:
+            self._happened("idle", idle)
+
+    # -- the store
+
+    async def join(self) -> None:
+        """Make the first request. Raises `ConfigError` when this node must not take part; waits for a name to be free."""
+        seen = ""
+        while True:
+            request = self.machine.request(now())
+            answer = await self.store.beat(request)
+            if answer.verdict == "shards":
+                raise self._refusal(answer)
+            if answer.verdict != "name":
+                self._hear(request, answer)
+                return
+            if seen not in ("", answer.detail):  # it renews its membership: it lives
+                raise self._refusal(answer)
+            if not seen:
+                logger.info("waiting for the lease of a former node %r to end", self.machine.node)
+            seen = answer.detail
+            await asyncio.sleep(self.machine.terms.heartbeat)
+
+    def _refusal(self, answer: Answer) -> ConfigError:
+        if answer.verdict == "name":
+            return ConfigError(f"another live node has the name {self.machine.node!r}: start this one with another -n")
+        theirs, _, node = answer.detail.partition(" ")
+        return ConfigError(
+            f"POOL_SHARDS={self.machine.shards} here, but {theirs} at node {node!r}: all nodes and producers must agree."
+            " To change it, stop all nodes first"
+        )
+
+    async def _talk(self) -> None:
+        request = self.machine.request(now())
+        try:
+            async with asyncio.timeout(self.machine.terms.ttl / 2):
+                answer = await self.store.beat(request)
+        except (RedisError, OSError, TimeoutError) as error:
+            if not self._told_outage:
+                logger.warning("the lease store does not answer (%s: %s)", type(error).__name__, error)
+                self._told_outage = True
+            if self.machine.leaving and not self.machine.tenancies:
+                self.machine.finished = True  # nothing is held any more; the membership ends by itself
+        else:
+            if self._told_outage:
+                logger.info("the lease store answers again")
+                self._told_outage = False
+            self._hear(request, answer)
+        finally:
+            self._talking = None
+            self._wake.set()
+
+    def _hear(self, request: Request, answer: Answer) -> None:
+        instructions = self.machine.answered(request, answer, now())
+        self.ownership.trust(self.machine.trusted_until)
+        self._carry_out(instructions)
+        if answer.verdict in ("name", "shards"):
+            self.worker.refuse(self._refusal(answer))
+
+    async def _listen(self) -> None:
+        """Hear at once when another node has handed over a shard."""
+        while True:
+            try:
+                async with self.store.handed(self.machine.incarnation) as following:
+                    while True:
+                        await following()
+                        self._beat()
+            except (RedisError, OSError):
+                await asyncio.sleep(self.machine.terms.heartbeat)
+
+    # -- instructions
+
+    def _carry_out(self, instructions: list[Instruction]) -> None:
+        serve: list[Tenancy] = []
+        stop: list[Tenancy] = []
+        close: list[Tenancy] = []
+        abandon: list[Tenancy] = []
+        for instruction in instructions:
+            match instruction:
+                case Restore(tenancies, dead):
+                    self._start(self._restore(tenancies, dead))
+                case Serve(tenancy):
+                    serve.append(tenancy)
+                case Stop(tenancy):
+                    stop.append(tenancy)
+                case Close(tenancy):
+                    close.append(tenancy)
+                case Abandon(tenancy):
+                    abandon.append(tenancy)
+                case Rejoin():
+                    self._start(self._rejoin())
+                case Beat():
+                    self._beat()
+        if serve:
+            self._serve(serve)
+        if stop:
+            self._start(self._stop(stop))
+        if close:
+            self._start(self._close(close, self._drop(close)))
+        if abandon:
+            logger.warning("lost the leases of %d shards: ending what runs under them", len(abandon))
+            self._start(self._abandon(abandon, self._drop(abandon)))
+
+    def _beat(self) -> None:
+        self.machine.next_request = min(self.machine.next_request, now())
+        self._wake.set()
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        job = asyncio.create_task(coroutine)
+        self._jobs.add(job)
+        job.add_done_callback(self._ended)
+
+    def _ended(self, job: asyncio.Task[None]) -> None:
+        self._jobs.discard(job)
+        if not job.cancelled() and (error := job.exception()) is not None:
+            logger.error("carrying out an instruction failed", exc_info=error)
+
+    def _happened(self, event: Any, tenancies: Iterable[Tenancy]) -> None:
+        self._carry_out(self.machine.happened(event, tenancies, now()))
+        self._wake.set()
+
+    async def _restore(self, tenancies: tuple[Tenancy, ...], dead: tuple[str, ...]) -> None:
+        while dead:
+            try:
+                await self.worker.restore(dead)
+                break
+            except (RedisError, OSError, PoolError) as error:
+                logger.warning("the messages of %s are not restored yet: %s", ", ".join(dead), error)
+                await asyncio.sleep(RETRY)
+        self.machine.bury(dead)
+        self._happened("restored", tenancies)
+
+    def _serve(self, tenancies: list[Tenancy]) -> None:
+        for tenancy in tenancies:
+            self.ownership.hold(tenancy.shard, tenancy.epoch)
+        logger.info("serving %s", _named(tenancies))
+        self._start(self.worker.consume([tenancy.shard for tenancy in tenancies]))
+
+    async def _stop(self, tenancies: list[Tenancy]) -> None:
+        await self.worker.cancel([tenancy.shard for tenancy in tenancies])
+        self._happened("stopped", tenancies)
+
+    def _drop(self, tenancies: list[Tenancy]) -> int:
+        """Nobody may begin to work for them from this moment on."""
+        return max(self.ownership.drop(tenancy.shard) for tenancy in tenancies)
+
+    async def _close(self, tenancies: list[Tenancy], drop: int) -> None:
+        await self.worker.clear(drop)
+        logger.info("handed over %s", _named(tenancies))
+        self._happened("closed", tenancies)
+
+    async def _abandon(self, tenancies: list[Tenancy], drop: int) -> None:
+        await self.worker.clear(drop)
+        await self.worker.cancel([tenancy.shard for tenancy in tenancies])
+        self._happened("abandoned", tenancies)
+
+    async def _rejoin(self) -> None:
+        logger.warning("this node was taken for dead: it joins again")
+        self.machine.rejoin(await self.worker.renew())
+        self._beat()
+
+    # -- from outside, on the loop
+
+    def leave(self) -> None:
+        """Hand everything over; `run` ends when that is done."""
+        self._carry_out(self.machine.leave(now()))
+        self._wake.set()
+
+    def drain(self, *, on: bool) -> None:
+        """Hand everything over and take nothing, or take part again."""
+        self._carry_out(self.machine.drain(now()) if on else self.machine.undrain(now()))
+        self._wake.set()
+
+
+def _named(tenancies: list[Tenancy]) -> str:
+    shards = sorted(tenancy.shard for tenancy in tenancies)
+    if len(shards) > 8:
+        return f"{len(shards)} shards ({shards[0]} to {shards[-1]})"
+    return f"shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards))}"

@@ -1,0 +1,99 @@
+"""Which shards this node owns at this moment: the one place where task code, and a prefork child, can look.
+
+Written by the coordinator, read by whoever is about to work for a key. It lives in memory that forked children share,
+so a child knows without asking, even while its parent is stopped.
+"""
+
+import mmap
+import time
+
+from pool.sharding.hashing import shard_of
+
+FOREVER = float("inf")
+
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def now() -> float:
+    """Return seconds on a clock that never jumps and, where the system has one, goes on while the machine sleeps."""
+    return time.clock_gettime(_CLOCK)
+
+
+class Ownership:
+    """The epochs of this node's shards, and until when they may be trusted."""
+
+    def __init__(self, shards: int) -> None:
+        self.shards = shards
+        memory = memoryview(mmap.mmap(-1, 8 * (shards + 4)))
+        self._times = memory[:8].cast("d")  # trusted until
+        self._rounds = memory[8:32].cast("Q")  # dropped so far, dropped and cleared away, process that clears
+        self._epochs = memory[32:].cast("Q")  # 0: not ours
+
+    # -- asking
+
+    def owns(self, shard: int) -> bool:
+        """Whether a task of *shard* may work now."""
+        return bool(self._epochs[shard]) and now() < self._times[0]
+
+    def owns_key(self, key: str) -> bool:
+        """Whether a task of *key* may work now."""
+        return self.owns(shard_of(key, self.shards))
+
+    def epoch(self, shard: int) -> int:
+        """The epoch under which *shard* is held: it grows with each new owner. 0: not held."""
+        return self._epochs[shard]
+
+    @property
+    def count(self) -> int:
+        """How many shards are held."""
+        return sum(1 for epoch in self._epochs if epoch)
+
+    @property
+    def trusted_until(self) -> float:
+        """When all of it ends unless it is renewed (see `now`)."""
+        return self._times[0]
+
+    def remaining(self) -> float | None:
+        """Seconds for which this node may still work; None: no limit."""
+        return None if self._times[0] == FOREVER else self._times[0] - now()
+
+    # -- telling
+
+    def trust(self, until: float) -> None:
+        """The leases hold until then."""
+        self._times[0] = until
+
+    def hold(self, shard: int, epoch: int) -> None:
+        """Tasks of the shard may work from now on."""
+        self._epochs[shard] = epoch
+
+    def drop(self, shard: int) -> int:
+        """No task of the shard may work any more. Returns a number for `cleared`."""
+        self._epochs[shard] = 0
+        self._rounds[0] += 1
+        return self._rounds[0]
+
+    # -- the process that has the backends
+
+    @property
+    def dropped(self) -> int:
+        """How many drops there were."""
+        return self._rounds[0]
+
+    @property
+    def cleared(self) -> int:
+        """Up to which drop the backends are closed."""
+        return self._rounds[1]
+
+    @cleared.setter
+    def cleared(self, count: int) -> None:
+        self._rounds[1] = count
+
+    @property
+    def host(self) -> int:
+        """Id of the process that has the backends; 0: none."""
+        return self._rounds[2]
+
+    @host.setter
+    def host(self, pid: int) -> None:
+        self._rounds[2] = pid

@@ -1,0 +1,146 @@
+"""Which shard queues this node consumes: added and cancelled on the hub thread, and emptied of what has not started."""
+
+import logging
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from celery.worker import state
+
+from pool.worker.turns import Turns
+
+logger = logging.getLogger(__name__)
+
+
+class Consumption:
+    """The queues of one worker. Everything but `busy` and `press` belongs to the hub thread."""
+
+    def __init__(self, queues: list[Any], turns: Turns[Any] | None) -> None:
+        self._queues = queues  # by shard
+        self._turns = turns
+        self._wanted: set[int] = set()
+        self._consumer: Any = None
+
+    # -- the connection comes and goes
+
+    def attach(self, consumer: Any) -> None:
+        """Celery has (re)connected: consume what is wanted."""
+        self._consumer = consumer
+        self._consume(self._wanted)
+
+    def detach(self) -> None:
+        """The connection is gone, and what was reserved with it."""
+        self._consumer = None
+        if self._turns is not None:
+            self._turns.withdraw()
+
+    # -- shards come and go
+
+    def add(self, shards: Iterable[int]) -> None:
+        """Consume the queues of these shards, from now on."""
+        fresh = set(shards) - self._wanted
+        self._wanted |= fresh
+        self._consume(fresh)
+
+    def _consume(self, shards: Iterable[int]) -> None:
+        consumer = self._consumer
+        if consumer is None or not shards:
+            return
+        tasks = consumer.task_consumer
+        on_redis = consumer.connection.transport.driver_type == "redis"
+        for shard in sorted(shards):
+            queue = self._queues[shard]
+            if on_redis:  # nothing to declare there but the binding, which producers see to
+                tasks._queues[queue.name] = queue(tasks.channel)
+            else:
+                tasks.add_queue(queue)
+        tasks.consume()
+
+    def cancel(self, shards: Iterable[int]) -> int:
+        """Consume them no more, and give back what has not started; returns how many messages that were."""
+        gone = set(shards)
+        self._wanted -= gone
+        names = {self._queues[shard].name for shard in gone}
+        if self._consumer is None:
+            return 0
+        for name in sorted(names):
+            self._consumer.task_consumer.cancel_by_queue(name)
+        return self._give_back(names)
+
+    def cancel_all(self) -> int:
+        """`cancel` for every shard: the worker shuts down."""
+        return self.cancel(set(self._wanted))
+
+    def _give_back(self, names: Collection[str]) -> int:
+        requests = [*self._waiting(names), *self._scheduled(names), *self._limited(names), *self._queued(names)]
+        if not requests:
+            return 0
+        channel = self._consumer.task_consumer.channel
+        tags = [request.message.delivery_tag for request in requests]
+        if hasattr(channel, "give_back"):
+            channel.give_back(tags)
+        else:
+            for request in requests:
+                request.message.requeue()
+        for request in requests:
+            request.acknowledged = True
+            state.requests.pop(request.id, None)
+            state.reserved_requests.discard(request)
+        return len(requests)
+
+    def _waiting(self, names: Collection[str]) -> list[Any]:
+        """Those that wait for their key's turn, or for a thread."""
+        return [] if self._turns is None else [job.work.request for job in self._turns.withdraw(names)]
+
+    def _scheduled(self, names: Collection[str]) -> list[Any]:
+        """Those that wait for their ETA in this worker."""
+        found = [request for request in tuple(state.scheduled_requests) if _queue_of(request) in names]
+        for request in found:
+            if request._eta_timer_entry is not None:
+                self._consumer.timer.cancel(request._eta_timer_entry)
+            self._consumer.qos.decrement_eventually()
+            state.scheduled_requests.discard(request)
+        return found
+
+    def _limited(self, names: Collection[str]) -> list[Any]:
+        """Those that wait for their task's rate limit."""
+        found = []
+        for bucket in self._consumer.task_buckets.values():
+            for item in list(bucket.contents if bucket else ()):
+                if _queue_of(item[0]) in names:
+                    bucket.contents.remove(item)
+                    found.append(item[0])
+        return found
+
+    def _queued(self, names: Collection[str]) -> list[Any]:
+        """Those that wait for a prefork child."""
+        semaphore = getattr(self._consumer.controller, "semaphore", None)
+        waiting = getattr(semaphore, "_waiting", None)
+        if not waiting:
+            return []
+        found = [entry for entry in waiting if entry[1] and _queue_of(entry[1][0]) in names]
+        for entry in found:
+            waiting.remove(entry)
+        return [entry[1][0] for entry in found]
+
+    # -- from any thread
+
+    def busy(self, shard: int) -> bool:
+        """Whether a task of the shard is still running. Any thread."""
+        name = self._queues[shard].name
+        while True:
+            try:
+                return any(_queue_of(request) == name for request in list(state.reserved_requests))
+            except RuntimeError:  # the set changed while it was copied
+                continue
+
+    def press(self, queue: str, full: bool) -> None:
+        """Leave a queue out of consumption, or take it in again; on RabbitMQ its consumer's prefetch does that."""
+        consumer = self._consumer
+        channel = getattr(getattr(consumer, "task_consumer", None), "channel", None)
+        if channel is not None and hasattr(channel, "pause"):
+            (channel.pause if full else channel.resume)(queue)
+
+
+def _queue_of(request: Any) -> str | None:
+    queue: str | None = request.delivery_info.get("routing_key")
+    return queue
