@@ -13,7 +13,7 @@ from fractions import Fraction
 from hashlib import blake2b
 from math import inf
 
-CANDIDATES = 64  # nodes ranked for one moving shard: ranking all makes a cold start of 1,000 x 16,384 eleven times slower
+CANDIDATES = 64  # nodes ranked for one moving shard: with all, a cold start of 1,000 x 16,384 takes 7 s, not 0.6
 
 
 def assign(
