@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.harness import REPOSITORY, Report, console
 
-NAMES = ("hot_path", "sweep", "cold_warm", "affinity", "warm_build", "throughput")
+NAMES = ("hot_path", "sweep", "placement", "cold_warm", "affinity", "warm_build", "throughput")
 
 
 def main() -> int:
