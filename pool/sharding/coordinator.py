@@ -267,6 +267,13 @@ class Coordinator:
         self._carry_out(self.machine.leave(now()))
         self._wake.set()
 
+    def quit(self) -> None:
+        """End everything at once, and say goodbye if the store still hears it."""
+        self.machine.leave(now())
+        self.machine.trusted_until = 0.0
+        self.ownership.trust(0.0)
+        self._wake.set()
+
     def drain(self, *, on: bool) -> None:
         """Hand everything over and take nothing, or take part again."""
         self._carry_out(self.machine.drain(now()) if on else self.machine.undrain(now()))

@@ -171,8 +171,8 @@ class LeaseMachine:
         )
 
     def _state(self) -> NodeState:
-        if self.leaving and not self.tenancies and not self._mine:
-            return "bye"
+        if self.leaving and not self.tenancies:
+            return "bye"  # a shard that was handed to us meanwhile is free then
         return "draining" if self.leaving or self.draining else "active"
 
     def answered(self, request: Request, answer: Answer, now: float) -> list[Instruction]:
@@ -250,8 +250,9 @@ class LeaseMachine:
         if not self.trusts(now):
             return self._lose(list(self.tenancies.values()), now) or self._rejoin()
         done: list[Instruction] = self._lose([t for t in self.tenancies.values() if not self._holds(t)], now)
-        if self.settled:
+        if self.settled and not self.leaving:
             done += self._begin(now)
+        if self.settled:
             done += self._hand_over(now)
         done += self._close_overdue(now)
         if self._wants_to_talk():

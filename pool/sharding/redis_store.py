@@ -22,13 +22,16 @@ assert them; the higher epoch wins. An empty table that no node claims to have k
 a little more than a heartbeat only, so that survivors can speak up.
 """
 
+import contextlib
 import json
 import math
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
+from pool.errors import ConfigError
 from pool.sharding.lease import Answer, Lease, Member, Request, Terms
 
 SCRIPT = r"""
@@ -192,9 +195,25 @@ class RedisStore:
         self._channel = f"{{{namespace}}}:handed:"
         self._sha = ""
 
-    def channel(self, incarnation: str) -> str:
-        """Where the store says that it has just handed a shard to *incarnation*."""
-        return self._channel + incarnation
+    @contextlib.asynccontextmanager
+    async def handed(self, incarnation: str) -> AsyncIterator[Callable[[], Coroutine[Any, Any, None]]]:
+        """A function that waits until somebody has handed a shard to *incarnation*. Raises what redis-py raises."""
+        async with self.client.pubsub(ignore_subscribe_messages=True) as pubsub:
+            await pubsub.subscribe(self._channel + incarnation)
+
+            async def following() -> None:
+                while await pubsub.get_message(timeout=None) is None:
+                    pass
+
+            yield following
+
+    async def check(self) -> None:
+        """Raise `ConfigError` for a server that may throw the table away."""
+        policy = (await self.client.info("memory")).get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            raise ConfigError(
+                f"Redis maxmemory-policy={policy}: a full server would throw leases or tasks away. Set it to noeviction"
+            )
 
     async def beat(self, request: Request) -> Answer:
         """Tell and ask, in one call. Raises what redis-py raises; then it is unknown whether the store has heard."""

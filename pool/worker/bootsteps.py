@@ -1,4 +1,8 @@
-"""The worker's side of the backend pool: which queues to consume, when to open and close."""
+"""The worker's side of the backend pool: three steps of Celery's start and stop.
+
+`BackendPoolStep` is the first to start and the last to stop; `OwnershipStep` starts before the worker consumes, and hands
+the shards over when it stops; `ConsumptionStep` follows each connection to the broker.
+"""
 
 import logging
 from typing import Any
@@ -7,7 +11,7 @@ import click
 from celery import bootsteps
 
 from pool.errors import ConfigError
-from pool.worker.execution import check_execution_pool, interruptible
+from pool.worker.execution import check_execution_pool, interruptible, with_turns
 
 logger = logging.getLogger(__name__)
 
@@ -24,17 +28,13 @@ class BackendPoolStep(bootsteps.StartStopStep):
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
         self.extension = worker.app.warm_pool
-        try:
+        with refusals():
             self.in_process = check_execution_pool(worker)
-        except ConfigError as error:
-            if click.get_current_context(silent=True) is None:
-                raise
-            raise click.UsageError(str(error)) from None
+        if worker.pool_cls.__module__.endswith(".thread"):
+            worker.pool_cls = with_turns(worker.pool_cls, self.extension)
         if self.in_process:
             worker.pool_cls = interruptible(worker.pool_cls, self.extension)
-        queues = worker.app.amqp.queues
-        for shard in self.extension.settings.owned_shards:
-            queues.select_add(self.extension.router.queues[shard])
+        self.extension.prepare_worker(worker)
 
     def include(self, worker: Any) -> bool:
         """Take the first place: Celery's own steps know no way to say so."""
@@ -43,11 +43,9 @@ class BackendPoolStep(bootsteps.StartStopStep):
 
     def start(self, worker: Any) -> None:  # noqa: ARG002 - Celery's signature
         settings = self.extension.settings
+        shards = "leased" if settings.leased else len(settings.node_shards)
         logger.info(
-            "backend pool: %d of %d shards, backends from %s",
-            len(settings.owned_shards),
-            settings.shards,
-            self.extension.backends_from,
+            "backend pool: %s of %d shards, backends from %s", shards, settings.shards, self.extension.backends_from
         )
         if self.in_process:
             self.extension.closing = False
@@ -58,9 +56,10 @@ class BackendPoolStep(bootsteps.StartStopStep):
         self.extension.close(grace=STOP_GRACE)
 
     def info(self, worker: Any) -> dict[str, Any]:  # noqa: ARG002
-        """What ``celery inspect stats`` and Flower show; empty where the pool lives in a child process."""
+        """What ``celery inspect stats`` and Flower show; only the shards where the pool lives in a child process."""
+        shards = {"shards": self.extension.ownership.count}
         if not self.in_process:
-            return {}
+            return {"backend_pool": shards}
         stats = self.extension.pool.get_stats()
         return {
             "backend_pool": {
@@ -74,10 +73,57 @@ class BackendPoolStep(bootsteps.StartStopStep):
                 "evicted_idle": stats.evicted_idle,
                 "evicted_lru": stats.evicted_lru,
                 "retired": stats.retired_total,
-                "shards": len(self.extension.settings.owned_shards),
+                **shards,
             }
         }
 
     def terminate(self, worker: Any) -> None:  # noqa: ARG002
         """Cold shutdown: what still runs is cancelled, and its message goes back to the queue."""
         self.extension.close(grace=0.0)
+
+
+class OwnershipStep(bootsteps.StartStopStep):
+    """Between the execution pool and the consumer: joins before a task can come, leaves while tasks can still end."""
+
+    label = "Shard ownership"
+    requires = ("celery.worker.components:Pool",)
+
+    def start(self, worker: Any) -> None:
+        extension = worker.app.warm_pool
+        extension.calls.attach(worker.hub)
+        extension.consumption.turns = extension.turns
+        if extension.tenancy is not None:
+            with refusals():
+                extension.tenancy.start()
+
+    def stop(self, worker: Any) -> None:
+        if worker.app.warm_pool.tenancy is not None:
+            worker.app.warm_pool.tenancy.stop()
+
+    def terminate(self, worker: Any) -> None:
+        if worker.app.warm_pool.tenancy is not None:
+            worker.app.warm_pool.tenancy.terminate()
+
+
+class ConsumptionStep(bootsteps.StartStopStep):
+    """A step of Celery's consumer, which starts anew with each connection."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        consumer.app.warm_pool.consumption.attach(consumer)
+
+    def stop(self, consumer: Any) -> None:
+        if consumer.connection is None:  # lost; in a shutdown the open one is still needed to give messages back
+            consumer.app.warm_pool.consumption.detach()
+
+
+class refusals:  # noqa: N801 - reads as a function
+    """Celery's command line prints a `click.UsageError` without a traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, ConfigError) and click.get_current_context(silent=True) is not None:
+            raise click.UsageError(str(error)) from None

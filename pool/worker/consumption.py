@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 class Consumption:
     """The queues of one worker. Everything but `busy` and `press` belongs to the hub thread."""
 
-    def __init__(self, queues: list[Any], turns: Turns[Any] | None) -> None:
+    def __init__(self, queues: list[Any]) -> None:
         self._queues = queues  # by shard
-        self._turns = turns
+        self.turns: Turns[Any] | None = None
         self._wanted: set[int] = set()
         self._consumer: Any = None
 
@@ -28,10 +28,11 @@ class Consumption:
         self._consume(self._wanted)
 
     def detach(self) -> None:
-        """The connection is gone, and what was reserved with it."""
+        """The connection is gone."""
         self._consumer = None
-        if self._turns is not None:
-            self._turns.withdraw()
+
+    def reconnect(self) -> None:
+        """Have Celery make a new connection."""
 
     # -- shards come and go
 
@@ -89,7 +90,7 @@ class Consumption:
 
     def _waiting(self, names: Collection[str]) -> list[Any]:
         """Those that wait for their key's turn, or for a thread."""
-        return [] if self._turns is None else [job.work.request for job in self._turns.withdraw(names)]
+        return [] if self.turns is None else [job.work.request for job in self.turns.withdraw(names)]
 
     def _scheduled(self, names: Collection[str]) -> list[Any]:
         """Those that wait for their ETA in this worker."""

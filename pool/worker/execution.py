@@ -79,7 +79,7 @@ class Call:
         headers = self._call[1][2]  # of trace_task(name, id, headers, ...)
         queue = (headers.get("delivery_info") or {}).get("routing_key") or ""
         key = headers.get(KEY_HEADER)
-        if key is None and extension.router.is_shard_queue(queue):
+        if key is None and queue in extension.router.shard_queues:
             key = queue
         return Job(key, queue, self)
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import concurrent.futures
-import contextlib
-import os
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,24 +10,23 @@ R = TypeVar("R")
 
 
 class HubCalls:
-    """Functions that wait for the hub. They run in order, several at one go."""
+    """Functions that the hub is to call: in order, which the hub's own set of callbacks does not keep."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._read, False)
-        os.set_blocking(self._write, False)
+        self._hub: Any = None
 
     def attach(self, hub: Any) -> None:
-        """Run them on this hub, until it is reset: Celery does that with each new connection."""
-        hub.add_reader(self._read, self.run)
+        """Have this hub call them."""
+        self._hub = hub
+        hub.call_soon(self.run)
 
     def post(self, function: Callable[[], R]) -> concurrent.futures.Future[R]:
         """Have the hub call *function*; from any thread."""
         done: concurrent.futures.Future[R] = concurrent.futures.Future()
         self._waiting.append((function, done))
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups
-            os.write(self._write, b"!")
+        if self._hub is not None:
+            self._hub.call_soon(self.run)
         return done
 
     async def call(self, function: Callable[[], R]) -> R:
@@ -37,9 +34,7 @@ class HubCalls:
         return await asyncio.wrap_future(self.post(function))
 
     def run(self) -> None:
-        """Run what waits; on the main thread."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._read, 4096)
+        """Call what waits; on the main thread."""
         while self._waiting:
             function, done = self._waiting.popleft()
             if not done.set_running_or_notify_cancel():
@@ -48,3 +43,9 @@ class HubCalls:
                 done.set_result(function())
             except Exception as error:
                 done.set_exception(error)
+
+    def run_everything(self) -> None:
+        """Stand in for a hub that does not run any more: acknowledgements wait there, too."""
+        self.run()
+        for callback in self._hub._pop_ready():
+            callback()

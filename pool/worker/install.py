@@ -9,11 +9,22 @@ from celery import Celery, signals
 
 from pool.backends.base import Backend
 from pool.config import Settings
+from pool.embedded import is_redis
 from pool.hosts import Hosts, make_backend
 from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
+from pool.sharding.ownership import FOREVER, Ownership
+from pool.worker.consumption import Consumption
+from pool.worker.guard import Guard
+from pool.worker.hub import HubCalls
 from pool.worker.router import ShardRouter
+from pool.worker.takeover import BrokerTakeover, RedisTakeover
+from pool.worker.tenancy import Tenancy
 from pool.worker.transport import ShardConnection
+
+
+PREFETCH = {"threads": 2, "prefork": 1, "solo": 1}
+"""Messages per place for a running task. With threads as many again may wait for their key's turn (see `Turns`)."""
 
 
 def install(
@@ -29,8 +40,8 @@ def install(
     the environment. Backends come from the hosts file of the settings, or from *backend_class* with *default_config*.
 
     What the app has of its own stays: its routes (ours come first and concern keyed tasks only), queues, beat
-    entries. ``worker_pool`` and ``worker_concurrency`` are set from the settings, and ``worker_prefetch_multiplier``
-    to 1. Raises `ConfigError`.
+    entries. ``worker_pool``, ``worker_concurrency`` and ``worker_prefetch_multiplier`` are set from the settings.
+    Raises `ConfigError`.
     """
     settings = settings or Settings.from_env()
     extension = WarmPool(app, settings, backend_class, default_config)
@@ -42,16 +53,17 @@ def install(
         task_routes=(extension.router, *own_routes),
         worker_pool=settings.execution,
         worker_concurrency=settings.tasks_at_once,
-        worker_prefetch_multiplier=1,
+        worker_prefetch_multiplier=PREFETCH[settings.execution],
         beat_schedule={**extension.beat_schedule(), **app.conf.beat_schedule},
     )
     app.amqp.Connection = ShardConnection
     for queue in extension.router.queues:
         app.amqp.queues.add(queue)  # known by name (a retry names it); consumed only where the bootstep says so
     from pool.worker import maintenance  # noqa: F401 - registers its shared tasks
-    from pool.worker.bootsteps import BackendPoolStep
+    from pool.worker.bootsteps import BackendPoolStep, ConsumptionStep, OwnershipStep
 
-    app.steps["worker"].add(BackendPoolStep)
+    app.steps["worker"].update((BackendPoolStep, OwnershipStep))
+    app.steps["consumer"].add(ConsumptionStep)
     return extension
 
 
@@ -68,7 +80,12 @@ class WarmPool:
         self.settings = settings
         self.router = ShardRouter(settings, lambda name: app.tasks.get(name))  # noqa: PLW0108 - tasks may come later
         self.closing = False
-        self._owned = frozenset(settings.owned_shards)
+        self.ownership = Ownership(settings.shards)
+        self.guard: Guard | None = None
+        if not settings.leased:
+            self.ownership.trust(FOREVER)
+            for shard in settings.node_shards or ():
+                self.ownership.hold(shard, 1)
         self._lock = threading.Lock()
         self._pid = 0
         self._pool: BackendPoolManager[Any] | None = None
@@ -87,14 +104,35 @@ class WarmPool:
 
     # -- ownership
 
-    def owns(self, key: str) -> bool:
-        """Whether this node consumes the queue of the key's shard."""
-        return shard_of(key, self.settings.shards) in self._owned
-
     def queue_for(self, key: str) -> str:
         """Return the name of the queue that the key's tasks go to."""
         name: str = self.router.queues[shard_of(key, self.settings.shards)].name
         return name
+
+    # -- a worker
+
+    def prepare_worker(self, worker: Any) -> None:
+        """Make what a worker needs before it forks children."""
+        settings = self.settings
+        self.turns: Any = None  # whose turn it is, where the execution pool keeps that
+        self.calls = HubCalls()
+        self.consumption = Consumption(self.router.queues)
+        self.tenancy: Tenancy | None = None
+        on_redis = is_redis(worker.app.connection_for_read().as_uri())
+        self.takeover = RedisTakeover(worker.app, settings.namespace) if on_redis else BrokerTakeover()
+        if settings.leased:
+            self.guard = Guard(self.ownership)
+            self.tenancy = Tenancy(self, worker.hostname)
+        else:
+            self.takeover.adopt(worker.hostname)
+            self.consumption.add(settings.node_shards or ())
+
+    def pressed(self, queue: str, full: bool) -> None:
+        """Too many tasks of a queue wait for their turn, or they do no longer; from any thread."""
+        if full:
+            self.consumption.press(queue, full=True)
+        else:
+            self.calls.post(lambda: self.consumption.press(queue, full=False))
 
     # -- the pool of this process
 
@@ -106,6 +144,8 @@ class WarmPool:
                 if self._pid != os.getpid():
                     self._pool = self._make_pool()
                     self._pid = os.getpid()
+                    if self.guard is not None:
+                        self.guard.watch(self._pool)
         assert self._pool is not None
         return self._pool
 

@@ -28,6 +28,7 @@ class ShardRouter:
             Queue(name, exchange, routing_key=name, durable=True)
             for name in (queue_name(shard, settings.namespace) for shard in range(settings.shards))
         ]
+        self.shard_queues = {queue.name: shard for shard, queue in enumerate(self.queues)}
 
     def __call__(
         self,
@@ -39,10 +40,13 @@ class ShardRouter:
         **_: Any,
     ) -> dict[str, Any] | None:
         """Return ``{"queue": ...}``. Raises `InvalidKey` for a keyed task without a usable key."""
-        header = (options.get("headers") or {}).get(KEY_HEADER)
-        shard = self._shard(name, args or (), kwargs or {}, header, task or self._find_task(name))
-        if shard is None:
+        headers = options.get("headers") or {}
+        found = self._destination(name, args or (), kwargs or {}, headers.get(KEY_HEADER), task or self._find_task(name))
+        if found is None:
             return None
+        shard, key = found
+        if key is not None:
+            options["headers"] = {**headers, KEY_HEADER: key}  # whoever receives it need not decode the arguments
         queue = self.queues[shard]
         self._check_explicit_queue(name, options, queue)
         # An option wins over a route, so the queue that a retry remembers goes: the key decides anew.
@@ -50,10 +54,12 @@ class ShardRouter:
             options.pop(option, None)
         return {"queue": queue}
 
-    def _shard(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], header: Any, task: Any) -> int | None:
+    def _destination(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], header: Any, task: Any
+    ) -> tuple[int, str | None] | None:
         shard_argument = getattr(task, "shard_argument", None)
         if shard_argument is not None:
-            return self.check_shard(shard_argument(args, kwargs), name)
+            return self.check_shard(shard_argument(args, kwargs), name), None
         key_argument = getattr(task, "key_argument", None)
         if getattr(task, "key", None) is not None and key_argument is not None:
             key = check_key(key_argument(args, kwargs))
@@ -67,7 +73,7 @@ class ShardRouter:
             raise InvalidKey(f"task {name} has no key: give it key='argument', or the message a header {KEY_HEADER!r}")
         else:
             return None
-        return shard_of(key, self.settings.shards)
+        return shard_of(key, self.settings.shards), key
 
     def check_shard(self, shard: Any, name: str) -> int:
         """Return *shard*, or raise `InvalidKey` when there is none of this number."""

@@ -102,12 +102,12 @@ class PooledTask(Task):
     def acquire_backend(self, agent: str | None = None, config: Mapping[str, Any] | None = None) -> Borrowed[Any]:
         """Borrow the key's backend: a handle with ``backend``, ``warm`` and ``release()``.
 
-        Raises `NotOwner` when the message reached a node that does not own the key's shard, and what
+        Raises `NotOwner` when this node does not own the key's shard (any more), and what
         `BackendPoolManager.acquire_backend` raises.
         """
         key = self.pool_key
         extension = self._extension
-        if not (self.request.is_eager or self.request.called_directly) and not extension.owns(key):
+        if not (self.request.is_eager or self.request.called_directly) and not extension.ownership.owns_key(key):
             raise NotOwner(f"key {key!r} belongs to {extension.queue_for(key)}, which this node does not own")
         borrowed: Borrowed[Any] = extension.pool.acquire_backend(key, agent, config)
         return borrowed
@@ -130,17 +130,26 @@ class PooledTask(Task):
 
     # -- running
 
+    def _lost_its_place(self) -> bool:
+        """Whether the message came the right way, and it is this node that may not work on it any more."""
+        extension = self._extension
+        if extension.closing:
+            return True
+        queue = (self.request.delivery_info or {}).get("routing_key")
+        shard = extension.router.shard_queues.get(queue)
+        return shard is not None and not extension.ownership.owns(shard) and queue == extension.queue_for(self.pool_key)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task's code; decide what a backend that is not there means for the message."""
         if self.request.called_directly:  # as a plain function: Celery gives it a request of its own
             return super().__call__(*args, **kwargs)
         try:
             return self.run(*args, **kwargs)
-        except BackendClosed:
-            # A node that shuts down at once closes backends under running tasks: their messages go back unharmed.
-            if not self._extension.closing:
+        except (BackendClosed, NotOwner) as error:
+            # A node that shuts down at once, or has lost the shard, ends what runs: the messages go back unharmed.
+            if not self._lost_its_place():
                 raise
-            raise Reject("the node shuts down", requeue=True) from None
+            raise Reject(str(error), requeue=True) from None
         except BackendUnavailable as error:
             if not self.retry_unavailable or error.retry_after is None:
                 raise

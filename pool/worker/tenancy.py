@@ -1,0 +1,161 @@
+"""This worker as the owner of shards that come and go: what the coordinator asks of it, and its thread."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any
+
+from celery.worker import state
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from pool.config import Settings
+from pool.errors import ConfigError
+from pool.runtime import LoopThread
+from pool.sharding.coordinator import Coordinator
+from pool.sharding.lease import LeaseMachine, Terms
+from pool.sharding.ownership import Ownership
+from pool.sharding.redis_store import RedisStore
+from pool.worker.consumption import Consumption
+from pool.worker.guard import Guard
+from pool.worker.hub import HubCalls
+
+logger = logging.getLogger(__name__)
+
+CLEAR_CHECK = 0.005
+"""Seconds between two looks at whether the backends are closed."""
+STOP_CHECK = 0.01
+"""Seconds between two looks at the hub's callbacks while the worker hands its shards over."""
+
+
+class Tenancy:
+    """Implements `pool.sharding.coordinator.Worker` with the parts of *extension* (a `WarmPool`)."""
+
+    def __init__(self, extension: Any, node: str) -> None:
+        self.settings: Settings = extension.settings
+        self.ownership: Ownership = extension.ownership
+        self.guard: Guard = extension.guard
+        self.consumption: Consumption = extension.consumption
+        self.calls: HubCalls = extension.calls
+        self.takeover = extension.takeover
+        self.node = node
+        times = self.settings.lease_ttl, self.settings.lease_heartbeat, self.settings.handoff_timeout
+        self.terms = Terms(*times)
+        self.machine = LeaseMachine(incarnation_of(node), node, self.settings.shards, self.terms)
+        self._thread: LoopThread
+        self._running: Future[None]
+
+    # -- the life of the worker; on its main thread
+
+    def start(self) -> None:
+        """Join the other nodes. Raises `ConfigError` when this node must not; an unreachable store is waited for."""
+        self.takeover.adopt(self.machine.incarnation)
+        self._thread = LoopThread("pool-coordinator")
+        try:
+            self._thread.run(self._join())
+        except BaseException:
+            self._thread.stop()
+            raise
+        self._running = self._thread.spawn(self.coordinator.run()).future
+
+    async def _join(self) -> None:
+        self._client = Redis.from_url(plain_url(str(self.settings.redis_url)), decode_responses=True)
+        store = RedisStore(self._client, self.settings.namespace, self.settings.shards, self.terms)
+        self.coordinator = Coordinator(self.machine, store, self, self.ownership)
+        try:
+            async with asyncio.timeout(self.terms.ttl):
+                await store.check()
+            await self.coordinator.join()
+        except (RedisError, OSError, TimeoutError) as error:
+            logger.error("cannot reach the lease store yet (%s: %s)", type(error).__name__, error)
+
+    def stop(self) -> None:
+        """Hand everything over: idle shards at once, busy ones as their tasks finish. Then leave."""
+        self._thread.loop.call_soon_threadsafe(self.coordinator.leave)
+        while not self._running.done():
+            self.calls.run_everything()
+            time.sleep(STOP_CHECK)
+        self._finish()
+
+    def terminate(self) -> None:
+        """Cold shutdown: let go of everything now."""
+        self._thread.loop.call_soon_threadsafe(self.coordinator.quit)
+        deadline = time.monotonic() + self.terms.margin
+        while not self._running.done() and time.monotonic() < deadline:
+            self.calls.run_everything()
+            time.sleep(STOP_CHECK)
+        self._finish()
+
+    def _finish(self) -> None:
+        self.calls.run_everything()
+        with contextlib.suppress(Exception):
+            self._thread.run(self._client.aclose())
+        self._thread.stop()
+        if self._running.done() and (error := self._running.exception()) is not None:
+            logger.error("the coordinator ended with an error", exc_info=error)
+
+    def drain(self, *, on: bool) -> None:
+        """Hand everything over without stopping, or take part again; from any thread."""
+        self._thread.loop.call_soon_threadsafe(lambda: self.coordinator.drain(on=on))
+
+    # -- what the coordinator asks for; on its thread
+
+    async def restore(self, dead: Iterable[str]) -> None:
+        for incarnation in dead:
+            count = await asyncio.to_thread(self.takeover.restore, incarnation)
+            if count:
+                logger.info("takeover: %d messages of the dead %s are back in their queues", count, incarnation)
+
+    async def consume(self, shards: Iterable[int]) -> None:
+        await self.calls.call(lambda: self.consumption.add(shards))
+
+    async def cancel(self, shards: Iterable[int]) -> None:
+        count = await self.calls.call(lambda: self.consumption.cancel(shards))
+        if count:
+            logger.info("gave back %d messages that had not started", count)
+
+    async def clear(self, drop: int) -> None:
+        self.guard.wake()
+        while self.ownership.cleared < drop and _alive(self.ownership.host):
+            await asyncio.sleep(CLEAR_CHECK)
+
+    def busy(self, shard: int) -> bool:
+        return self.consumption.busy(shard)
+
+    async def renew(self) -> str:
+        incarnation = incarnation_of(self.node)
+        self.takeover.adopt(incarnation)
+        await self.calls.call(self.consumption.reconnect)
+        return incarnation
+
+    def refuse(self, error: ConfigError) -> None:
+        logger.critical("this node must not take part: %s", error)
+        state.should_stop = os.EX_CONFIG
+
+
+def incarnation_of(node: str) -> str:
+    """Return a name for one life of a node: `node` itself may come back."""
+    return f"{node}/{secrets.token_hex(4)}"
+
+
+def plain_url(url: str) -> str:
+    """Return kombu's URL of a Redis as redis-py spells it. Raises `ConfigError` for one that it cannot use."""
+    url = re.sub(r"^redis\+socket://", "unix://", re.sub(r"^valkey", "redis", url))
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        scheme = url.partition("://")[0]
+        raise ConfigError(f"POOL_REDIS_URL: leases need a redis:// or rediss:// URL, not {scheme}://")
+    return url
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return pid != 0
