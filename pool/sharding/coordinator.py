@@ -80,7 +80,7 @@ class Coordinator:
                 self._wake.clear()
                 self._carry_out(self.machine.tick(now()))
                 if self._talking is None and now() >= self.machine.next_request:
-                    self._talking = asyncio.create_task(self._talk())
+                    self._talking = asyncio.create_task(self._talk(self.machine.request(now())))
                 await self._pause()
         finally:
             listener.cancel()
@@ -88,12 +88,14 @@ class Coordinator:
 
     async def _pause(self) -> None:
         """Until something happens, or is due."""
-        due = self.machine.deadline if self._talking is None else max(self.machine.trusted_until, now())
+        due = self.machine.deadline
+        if self._talking is not None:  # its end wakes us; what may come before is the end of our trust
+            due = self.machine.trusted_until if self.machine.trusts(now()) else float("inf")
         if any(tenancy.state == "draining" for tenancy in self.machine.tenancies.values()):
             self._look_for_idle()
             due = min(due, now() + IDLE_CHECK)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, due - now()) if due > now() or self._talking is None else None):
+            async with asyncio.timeout(None if due == float("inf") else max(0.0, due - now())):
                 await self._wake.wait()
 
     def _look_for_idle(self) -> None:
@@ -131,8 +133,7 @@ class Coordinator:
             " To change it, stop all nodes first"
         )
 
-    async def _talk(self) -> None:
-        request = self.machine.request(now())
+    async def _talk(self, request: Request) -> None:
         try:
             async with asyncio.timeout(self.machine.terms.ttl / 2):
                 answer = await self.store.beat(request)
@@ -204,7 +205,8 @@ class Coordinator:
 
     def _beat(self) -> None:
         self.machine.next_request = min(self.machine.next_request, now())
-        self._wake.set()
+        if self._talking is None:
+            self._wake.set()
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         job = asyncio.create_task(coroutine)

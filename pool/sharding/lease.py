@@ -154,7 +154,7 @@ class LeaseMachine:
         self.next_request = now + self.terms.heartbeat
         releasing = [tenancy for tenancy in self.tenancies.values() if tenancy.state == "releasing"]
         takes = self._takes()
-        self._asked = frozenset(takes)
+        self._asked = frozenset(takes) | {tenancy.shard for tenancy in releasing}
         held = [tenancy for tenancy in self.tenancies.values() if tenancy.state != "losing"]
         return Request(
             incarnation=self.incarnation,
@@ -321,11 +321,10 @@ class LeaseMachine:
         return lease is None or lease.owner not in self.members
 
     def _wants_to_talk(self) -> bool:
-        if any(tenancy.state == "releasing" for tenancy in self.tenancies.values()):
-            return True
-        if self._state() == "bye":
-            return True
-        return bool(frozenset(self._takes()) - self._asked)  # what was refused once waits for the heartbeat
+        """Once for each wish; what came to nothing is repeated at the heartbeat."""
+        wishes = {tenancy.shard for tenancy in self.tenancies.values() if tenancy.state == "releasing"}
+        wishes.update(self._takes())
+        return bool(wishes - self._asked) or self._state() == "bye"
 
     def _successor(self, shard: int) -> str:
         node = self.target.get(shard)
