@@ -102,7 +102,7 @@ class Settings:
     lease_heartbeat: float = 1.0
     """Seconds between two heartbeats of a node."""
     handoff_timeout: float = 300.0
-    """Seconds that running tasks get when their shard moves to another node; then they are ended and run again there."""
+    """Seconds that running tasks get when their shard moves to another node; then they are run again there."""
     execution: str = "threads"
     concurrency: int | None = None
     """Tasks at once in this node. None: 32 with threads, else 1."""
@@ -138,10 +138,12 @@ class Settings:
                 f"concurrency={self.concurrency} with execution={self.execution!r}: must be 1, or a key's tasks would"
                 " land in different processes. Use execution='threads', or start several nodes"
             )
-        if not isinstance(self.key_concurrency, int) or self.key_concurrency < 1:
-            raise ConfigError(f"key_concurrency={self.key_concurrency!r} tasks: must be a whole number, 1 or more")
+        check_number("key_concurrency", self.key_concurrency, "must be a whole number, 1 or more", unit="tasks")
         for name in ("sweep_interval", "close_interval", "chat_ttl", "lease_heartbeat", "handoff_timeout"):
             check_number(name, getattr(self, name), "must be more than 0")
+        self._check_lease_ttl()
+
+    def _check_lease_ttl(self) -> None:
         check_number(
             "lease_ttl",
             self.lease_ttl,
@@ -149,7 +151,9 @@ class Settings:
             above=2 * self.lease_heartbeat,
         )
         if self.lease_ttl > MAX_LEASE_TTL:
-            raise ConfigError(f"lease_ttl={self.lease_ttl!r} s: must be {MAX_LEASE_TTL:g} s or less: so long a dead node's tasks wait")
+            raise ConfigError(
+                f"lease_ttl={self.lease_ttl!r} s: must be at most {MAX_LEASE_TTL:g}: so long a dead node's tasks wait"
+            )
 
     @property
     def leased(self) -> bool:

@@ -378,7 +378,7 @@ class Lifecycle:
         return closed, retired
 
     def expel(self, match: Callable[[str], bool], now: float, effects: Effects) -> list[Identity]:
-        """End every pooled backend whose primary matches, now: its users will see `BackendClosed`, as will who waits."""
+        """End every pooled backend whose primary matches, now: its users and waiters will see `BackendClosed`."""
         gone = [entry for entry in self.live if entry.pooled and match(entry.identity[0])]
         waiting = [waiter for waiter in self.room if waiter.pooled and match(waiter.identity[0])]
         self.room = deque(waiter for waiter in self.room if waiter not in waiting)

@@ -1,7 +1,7 @@
 """The coordinator: drives one node's `LeaseMachine` in a thread of its own, off the worker's hub.
 
-It talks to the store at each heartbeat, tells the machine what time it is, and has the worker carry out what the machine
-asks for. What a worker must be able to do is `Worker`, below; `pool.worker.tenancy` is the real one.
+It talks to the store at each heartbeat, tells the machine what time it is, and has the worker carry out what the
+machine asks for. What a worker must be able to do is `Worker`, below; `pool.worker.tenancy` is the real one.
 """
 
 import asyncio
@@ -29,7 +29,9 @@ class Store(Protocol):
     """Where the lease table is: `RedisStore`."""
 
     async def beat(self, request: Request) -> Answer: ...
-    def handed(self, incarnation: str) -> contextlib.AbstractAsyncContextManager[Callable[[], Coroutine[Any, Any, None]]]: ...
+    def handed(
+        self, incarnation: str
+    ) -> contextlib.AbstractAsyncContextManager[Callable[[], Coroutine[Any, Any, None]]]: ...
 
 
 class Worker(Protocol):
@@ -44,8 +46,8 @@ class Worker(Protocol):
     async def cancel(self, shards: Iterable[int]) -> None:
         """Consume them no more, and give back what has not started."""
 
-    async def clear(self, drop: int) -> None:
-        """Wait until the backends of all shards up to this `Ownership.drop` are closed."""
+    async def clear(self) -> None:
+        """Close the backends of all shards that are dropped from the `Ownership` by now."""
 
     def busy(self, shard: int) -> bool:
         """Whether a task of the shard is running."""
@@ -107,7 +109,7 @@ class Coordinator:
     # -- the store
 
     async def join(self) -> None:
-        """Make the first request. Raises `ConfigError` when this node must not take part; waits for a name to be free."""
+        """Make the first request; wait for the name to be free. Raises `ConfigError` when it must not take part."""
         seen = ""
         while True:
             request = self.machine.request(now())
@@ -129,8 +131,8 @@ class Coordinator:
             return ConfigError(f"another live node has the name {self.machine.node!r}: start this one with another -n")
         theirs, _, node = answer.detail.partition(" ")
         return ConfigError(
-            f"POOL_SHARDS={self.machine.shards} here, but {theirs} at node {node!r}: all nodes and producers must agree."
-            " To change it, stop all nodes first"
+            f"POOL_SHARDS={self.machine.shards} here, but {theirs} at node {node!r}: all nodes and producers must"
+            " agree. To change it, stop all nodes first"
         )
 
     async def _talk(self, request: Request) -> None:
@@ -173,35 +175,27 @@ class Coordinator:
     # -- instructions
 
     def _carry_out(self, instructions: list[Instruction]) -> None:
-        serve: list[Tenancy] = []
-        stop: list[Tenancy] = []
-        close: list[Tenancy] = []
-        abandon: list[Tenancy] = []
         for instruction in instructions:
-            match instruction:
-                case Restore(tenancies, dead):
-                    self._start(self._restore(tenancies, dead))
-                case Serve(tenancy):
-                    serve.append(tenancy)
-                case Stop(tenancy):
-                    stop.append(tenancy)
-                case Close(tenancy):
-                    close.append(tenancy)
-                case Abandon(tenancy):
-                    abandon.append(tenancy)
-                case Rejoin():
-                    self._start(self._rejoin())
-                case Beat():
-                    self._beat()
-        if serve:
-            self._serve(serve)
-        if stop:
-            self._start(self._stop(stop))
-        if close:
-            self._start(self._close(close, self._drop(close)))
-        if abandon:
-            logger.warning("lost the leases of %d shards: ending what runs under them", len(abandon))
-            self._start(self._abandon(abandon, self._drop(abandon)))
+            if isinstance(instruction, Restore):
+                self._start(self._restore(*instruction))
+            elif isinstance(instruction, Rejoin):
+                self._start(self._rejoin())
+            elif isinstance(instruction, Beat):
+                self._beat()
+            elif isinstance(instruction, Serve):
+                self.ownership.hold(instruction.tenancy.shard, instruction.tenancy.epoch)
+            elif isinstance(instruction, Close | Abandon):
+                self.ownership.drop(instruction.tenancy.shard)  # from this moment on nobody begins to work for it
+        # What changes consumers goes to the hub in batches.
+        for kind, carry_out in (
+            (Serve, self._serve),
+            (Stop, self._stop),
+            (Close, self._close),
+            (Abandon, self._abandon),
+        ):
+            tenancies = [instruction.tenancy for instruction in instructions if isinstance(instruction, kind)]
+            if tenancies:
+                self._start(carry_out(tenancies))
 
     def _beat(self) -> None:
         self.machine.next_request = min(self.machine.next_request, now())
@@ -233,27 +227,22 @@ class Coordinator:
         self.machine.bury(dead)
         self._happened("restored", tenancies)
 
-    def _serve(self, tenancies: list[Tenancy]) -> None:
-        for tenancy in tenancies:
-            self.ownership.hold(tenancy.shard, tenancy.epoch)
+    async def _serve(self, tenancies: list[Tenancy]) -> None:
         logger.info("serving %s", _named(tenancies))
-        self._start(self.worker.consume([tenancy.shard for tenancy in tenancies]))
+        await self.worker.consume([tenancy.shard for tenancy in tenancies])
 
     async def _stop(self, tenancies: list[Tenancy]) -> None:
         await self.worker.cancel([tenancy.shard for tenancy in tenancies])
         self._happened("stopped", tenancies)
 
-    def _drop(self, tenancies: list[Tenancy]) -> int:
-        """Nobody may begin to work for them from this moment on."""
-        return max(self.ownership.drop(tenancy.shard) for tenancy in tenancies)
-
-    async def _close(self, tenancies: list[Tenancy], drop: int) -> None:
-        await self.worker.clear(drop)
+    async def _close(self, tenancies: list[Tenancy]) -> None:
+        await self.worker.clear()
         logger.info("handed over %s", _named(tenancies))
         self._happened("closed", tenancies)
 
-    async def _abandon(self, tenancies: list[Tenancy], drop: int) -> None:
-        await self.worker.clear(drop)
+    async def _abandon(self, tenancies: list[Tenancy]) -> None:
+        logger.warning("lost the leases of %s: ending what runs under them", _named(tenancies))
+        await self.worker.clear()
         await self.worker.cancel([tenancy.shard for tenancy in tenancies])
         self._happened("abandoned", tenancies)
 

@@ -5,8 +5,8 @@ store (`redis_store.py`) keeps one table for all nodes. Nodes never talk to each
 who should own which shard, takes what is free and its own, and hands over what should be somebody else's.
 
 A lease is as good as its owner's membership, which each answered request renews. A node trusts what it was told until
-``request sent + ttl - margin`` on its own clock; the store waits ``ttl`` from a later moment on its clock. So nobody can
-own a shard that somebody else still trusts to own, unless one of the clocks errs by more than ``margin`` within ``ttl``.
+``request sent + ttl - margin`` on its own clock; the store waits ``ttl`` from a later moment on its clock. So nobody
+can own a shard that somebody else still trusts to own, unless a clock errs by more than ``margin`` within ``ttl``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -224,9 +224,7 @@ class LeaseMachine:
         """Work out who should own what: the same on every node that has seen the same table."""
         active = sorted(member.node for member in self.members.values() if member.state == "active")
         current = {
-            shard: self.members[lease.owner].node
-            for shard, lease in self.leases.items()
-            if lease.owner in self.members
+            shard: self.members[lease.owner].node for shard, lease in self.leases.items() if lease.owner in self.members
         }
         self.target = assign(self.shards, active, current)
 

@@ -67,11 +67,10 @@ class Ownership:
         """Tasks of the shard may work from now on."""
         self._epochs[shard] = epoch
 
-    def drop(self, shard: int) -> int:
-        """No task of the shard may work any more. Returns a number for `cleared`."""
+    def drop(self, shard: int) -> None:
+        """No task of the shard may work any more."""
         self._epochs[shard] = 0
         self._rounds[0] += 1
-        return self._rounds[0]
 
     # -- the process that has the backends
 

@@ -1,10 +1,12 @@
 """The worker's side of the backend pool: three steps of Celery's start and stop.
 
-`BackendPoolStep` is the first to start and the last to stop; `OwnershipStep` starts before the worker consumes, and hands
-the shards over when it stops; `ConsumptionStep` follows each connection to the broker.
+`BackendPoolStep` is the first to start and the last to stop; `OwnershipStep` starts before the worker consumes, and
+hands the shards over when it stops; `ConsumptionStep` follows each connection to the broker.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -118,12 +120,12 @@ class ConsumptionStep(bootsteps.StartStopStep):
             consumer.app.warm_pool.consumption.detach()
 
 
-class refusals:  # noqa: N801 - reads as a function
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
     """Celery's command line prints a `click.UsageError` without a traceback."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, ConfigError) and click.get_current_context(silent=True) is not None:
-            raise click.UsageError(str(error)) from None
+    try:
+        yield
+    except ConfigError as error:
+        if click.get_current_context(silent=True) is None:
+            raise
+        raise click.UsageError(str(error)) from None

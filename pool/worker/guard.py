@@ -1,7 +1,7 @@
 """The guard: closes backends of shards that this node does not own (any more), in the process that has them.
 
-The coordinator drops a shard from the `Ownership` board and wakes the guard. With prefork that is another process, which
-also acts on its own: when the time for which the leases were trusted is over, everything ends, whoever is stopped.
+The coordinator drops a shard from the `Ownership` board and wakes the guard. With prefork that is another process,
+which also acts on its own: when the time for which the leases were trusted is over, everything ends.
 """
 
 import asyncio

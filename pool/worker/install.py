@@ -22,7 +22,6 @@ from pool.worker.takeover import BrokerTakeover, RedisTakeover
 from pool.worker.tenancy import Tenancy
 from pool.worker.transport import ShardConnection
 
-
 PREFETCH = {"threads": 2, "prefork": 1, "solo": 1}
 """Messages per place for a running task. With threads as many again may wait for their key's turn (see `Turns`)."""
 
@@ -59,7 +58,7 @@ def install(
     app.amqp.Connection = ShardConnection
     for queue in extension.router.queues:
         app.amqp.queues.add(queue)  # known by name (a retry names it); consumed only where the bootstep says so
-    from pool.worker import maintenance  # noqa: F401 - registers its shared tasks
+    from pool.worker import control, maintenance  # noqa: F401 - registers remote control commands and shared tasks
     from pool.worker.bootsteps import BackendPoolStep, ConsumptionStep, OwnershipStep
 
     app.steps["worker"].update((BackendPoolStep, OwnershipStep))

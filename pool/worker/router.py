@@ -41,7 +41,9 @@ class ShardRouter:
     ) -> dict[str, Any] | None:
         """Return ``{"queue": ...}``. Raises `InvalidKey` for a keyed task without a usable key."""
         headers = options.get("headers") or {}
-        found = self._destination(name, args or (), kwargs or {}, headers.get(KEY_HEADER), task or self._find_task(name))
+        found = self._destination(
+            name, args or (), kwargs or {}, headers.get(KEY_HEADER), task or self._find_task(name)
+        )
         if found is None:
             return None
         shard, key = found

@@ -106,11 +106,21 @@ class PooledTask(Task):
         `BackendPoolManager.acquire_backend` raises.
         """
         key = self.pool_key
-        extension = self._extension
-        if not (self.request.is_eager or self.request.called_directly) and not extension.ownership.owns_key(key):
-            raise NotOwner(f"key {key!r} belongs to {extension.queue_for(key)}, which this node does not own")
-        borrowed: Borrowed[Any] = extension.pool.acquire_backend(key, agent, config)
+        self._check_owner(key)
+        borrowed: Borrowed[Any] = self.pool.acquire_backend(key, agent, config)
+        try:
+            self._check_owner(key)  # again: a backend that was made after the shard was dropped is nobody's to close
+        except NotOwner:
+            borrowed.release()
+            raise
         return borrowed
+
+    def _check_owner(self, key: str) -> None:
+        if self.request.is_eager or self.request.called_directly:
+            return
+        extension = self._extension
+        if not extension.ownership.owns_key(key):
+            raise NotOwner(f"key {key!r} belongs to {extension.queue_for(key)}, which this node does not own")
 
     @property
     def backend(self) -> Any:

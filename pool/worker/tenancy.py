@@ -1,4 +1,4 @@
-"""This worker as the owner of shards that come and go: what the coordinator asks of it, and its thread."""
+"""A worker as the owner of shards that come and go: what the coordinator asks of it, and its thread."""
 
 import asyncio
 import contextlib
@@ -120,9 +120,10 @@ class Tenancy:
         if count:
             logger.info("gave back %d messages that had not started", count)
 
-    async def clear(self, drop: int) -> None:
+    async def clear(self) -> None:
+        dropped = self.ownership.dropped
         self.guard.wake()
-        while self.ownership.cleared < drop and _alive(self.ownership.host):
+        while self.ownership.cleared < dropped and _alive(self.ownership.host):  # noqa: ASYNC110 - another process
             await asyncio.sleep(CLEAR_CHECK)
 
     def busy(self, shard: int) -> bool:

@@ -57,7 +57,7 @@ class Turns(Generic[J]):
         self._tell(news)
 
     def done(self, job: Job[J]) -> None:
-        """A job has ended: whose turn is it now?"""
+        """A job has ended; start the one whose turn it is now."""
         with self._lock:
             self._total -= 1
             self._running[job.key] -= 1
