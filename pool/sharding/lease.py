@@ -165,7 +165,7 @@ class LeaseMachine:
             floor=self.floor,
             takes=tuple(takes),
             releases=tuple(Release(t.shard, t.epoch, self._successor(t.shard)) for t in releasing),
-            asserts=tuple((t.shard, t.epoch) for t in held) if self._asserting else (),
+            asserts=tuple((t.shard, t.epoch) for t in held) if self._asserting and self.trusts(now) else (),
             buried=tuple(sorted(self._buried)),
             sent=now,
         )
@@ -183,6 +183,7 @@ class LeaseMachine:
         if answer.verdict != "ok":
             return self._cast_out(answer, now)
         self.joined = True
+        lapsed = self._lapse(now)  # before trust is renewed: work that ended with it must not be taken for running
         self._buried.difference_update(request.buried)
         forgotten = request.born not in ("", answer.born)
         if answer.born != self.born:
@@ -193,12 +194,12 @@ class LeaseMachine:
         self._learn(answer)
         if forgotten:  # what we hold is not in this table: say so before anything is made of it
             self._asserting = True
-            return [Beat()]
+            return [*lapsed, Beat()]
         self._asserting = False
         self.trusted_until = request.sent + self.terms.ttl - self.terms.margin
         if not self.settled:
             self.next_request = min(self.next_request, now + answer.settles_in)
-        return self.tick(now)
+        return lapsed + self.tick(now)
 
     def _cast_out(self, answer: Answer, now: float) -> list[Instruction]:
         """The store does not know us, or not any more."""
@@ -245,10 +246,14 @@ class LeaseMachine:
         """Whether this node may act as the owner of its leases."""
         return now < self.trusted_until
 
+    def _lapse(self, now: float) -> list[Instruction]:
+        """Lose everything if the trust has ended, also when nobody was awake to see it end."""
+        return [] if self.trusts(now) else self._lose(list(self.tenancies.values()), now)
+
     def tick(self, now: float) -> list[Instruction]:
         """Do what time, or a changed table, asks for."""
         if not self.trusts(now):
-            return self._lose(list(self.tenancies.values()), now) or self._rejoin()
+            return self._lapse(now) or self._rejoin()
         done: list[Instruction] = self._lose([t for t in self.tenancies.values() if not self._holds(t)], now)
         if self.settled:
             done += self._begin(now)
@@ -334,7 +339,7 @@ class LeaseMachine:
 
     def happened(self, event: Event, tenancies: Iterable[Tenancy], now: float) -> list[Instruction]:
         """An instruction was carried out. What comes too late, because the lease was lost meanwhile, is ignored."""
-        done: list[Instruction] = []
+        done = self._lapse(now)
         for tenancy in tenancies:
             if self.tenancies.get(tenancy.shard) is not tenancy or not tenancy.expects(event):
                 continue

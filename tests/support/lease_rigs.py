@@ -190,7 +190,6 @@ class FakeRig:
         with contextlib.suppress(StopIteration):
             coroutine.send(None)
             raise AssertionError("the fake never waits")
-        return None
 
     def close(self) -> None:
         pass
