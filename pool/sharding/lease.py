@@ -248,7 +248,11 @@ class LeaseMachine:
 
     def _lapse(self, now: float) -> list[Instruction]:
         """Lose everything if the trust has ended, also when nobody was awake to see it end."""
-        return [] if self.trusts(now) else self._lose(list(self.tenancies.values()), now)
+        if self.trusts(now):
+            return []
+        # What was released is not forgotten before the table says so: begun anew under its old epoch, it would
+        # be handed over in full use by a release that was only slow.
+        return self._lose([t for t in self.tenancies.values() if t.state != "releasing"], now)
 
     def tick(self, now: float) -> list[Instruction]:
         """Do what time, or a changed table, asks for."""
