@@ -258,6 +258,8 @@ class LeaseMachine:
         """Do what time, or a changed table, asks for."""
         if not self.trusts(now):
             return self._lapse(now) or self._rejoin()
+        if self._asserting:  # the table has yet to hear what we hold
+            return self._close_overdue(now)
         done: list[Instruction] = self._lose([t for t in self.tenancies.values() if not self._holds(t)], now)
         if self.settled:
             done += self._begin(now)
