@@ -177,6 +177,8 @@ class LeaseMachine:
 
     def answered(self, request: Request, answer: Answer, now: float) -> list[Instruction]:
         """The store has answered; *now* may be much later than ``request.sent``."""
+        if request.incarnation != self.incarnation:  # of its former life
+            return []
         if request.state == "bye":
             self.finished = True
             return []
