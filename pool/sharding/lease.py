@@ -207,6 +207,10 @@ class LeaseMachine:
         """The store does not know us, or not any more."""
         self.trusted_until = NEVER
         self.fenced = answer.verdict == "dead"
+        if not self.fenced:  # it has nothing left to assert: the others need not wait for it
+            self.born, self.version, self._asserting = "", 0, False
+            self.leases.clear()
+            self._mine.clear()
         return self._lose(list(self.tenancies.values()), now) or self._rejoin()
 
     def _learn(self, answer: Answer) -> None:
