@@ -131,6 +131,7 @@ class LeaseMachine:
         self.incarnation = incarnation
         self.joined = False
         self.fenced = False
+        self.claimants: frozenset[str] = frozenset()
         self.born = ""
         self.version = 0
         self.floor = 0
@@ -146,6 +147,7 @@ class LeaseMachine:
         self._buried: set[str] = set()
         self._seen_to: set[str] = set()
         self._asked: frozenset[int] = frozenset()
+        self._claimants_asked: frozenset[str] = frozenset()
 
     # -- talking to the store
 
@@ -155,6 +157,7 @@ class LeaseMachine:
         releasing = [tenancy for tenancy in self.tenancies.values() if tenancy.state == "releasing"]
         takes = self._takes()
         self._asked = frozenset(takes)
+        self._claimants_asked = self.claimants
         held = [tenancy for tenancy in self.tenancies.values() if tenancy.state != "losing"]
         return Request(
             incarnation=self.incarnation,
@@ -177,7 +180,7 @@ class LeaseMachine:
 
     def answered(self, request: Request, answer: Answer, now: float) -> list[Instruction]:
         """The store has answered; *now* may be much later than ``request.sent``."""
-        if request.incarnation != self.incarnation:  # of its former life
+        if self.fenced or request.incarnation != self.incarnation:  # of its former life
             return []
         if request.state == "bye":
             self.finished = True
@@ -224,6 +227,8 @@ class LeaseMachine:
             else:
                 self._mine.pop(shard, None)
         self.dead = answer.dead
+        if self.settled and self._claimants_asked:
+            self.dead += tuple(sorted(self._claimants_asked - self.members.keys() - {self.incarnation, *answer.dead}))
         if answer.members is not None or answer.leases:
             self._place()
 
@@ -242,11 +247,11 @@ class LeaseMachine:
     @property
     def deadline(self) -> float:
         """When `tick` or `request` has something to do, at the latest (monotonic seconds)."""
-        due = [self.next_request]
+        due = [] if self.fenced else [self.next_request]
         if any(tenancy.state not in ("losing", "releasing") for tenancy in self.tenancies.values()):
             due.append(self.trusted_until)
         due.extend(t.since + self.terms.handoff_timeout for t in self.tenancies.values() if t.state == "draining")
-        return min(due)
+        return min(due, default=-NEVER)
 
     def trusts(self, now: float) -> bool:
         """Whether this node may act as the owner of its leases."""
@@ -367,6 +372,17 @@ class LeaseMachine:
     def bury(self, dead: Iterable[str]) -> None:
         """The messages of these incarnations are back in their queues."""
         self._buried.update(dead)
+
+    def registered(self, claimants: Iterable[str]) -> None:
+        """Who may have taken messages, as the broker says; a node registers there only once it has joined.
+
+        Those of them who are no members at the next request are dead, also if the table has forgotten them.
+        """
+        self.claimants = frozenset(claimants)
+
+    def outlawed(self, now: float) -> list[Instruction]:
+        """The broker takes this incarnation for dead, also if the table, set back, has forgotten that."""
+        return self._cast_out(Answer("dead"), now)
 
     def drain(self, now: float) -> list[Instruction]:
         """Hand everything over and take nothing, until `undrain`."""
