@@ -131,6 +131,7 @@ class LeaseMachine:
         self.incarnation = incarnation
         self.joined = False
         self.fenced = False
+        self.claimants: frozenset[str] = frozenset()
         self.born = ""
         self.version = 0
         self.floor = 0
@@ -146,6 +147,7 @@ class LeaseMachine:
         self._buried: set[str] = set()
         self._seen_to: set[str] = set()
         self._asked: frozenset[int] = frozenset()
+        self._claimants_asked: frozenset[str] = frozenset()
 
     # -- talking to the store
 
@@ -155,6 +157,7 @@ class LeaseMachine:
         releasing = [tenancy for tenancy in self.tenancies.values() if tenancy.state == "releasing"]
         takes = self._takes()
         self._asked = frozenset(takes) | {tenancy.shard for tenancy in releasing}
+        self._claimants_asked = self.claimants
         held = [tenancy for tenancy in self.tenancies.values() if tenancy.state != "losing"]
         return Request(
             incarnation=self.incarnation,
@@ -165,7 +168,7 @@ class LeaseMachine:
             floor=self.floor,
             takes=tuple(takes),
             releases=tuple(Release(t.shard, t.epoch, self._successor(t.shard)) for t in releasing),
-            asserts=tuple((t.shard, t.epoch) for t in held) if self._asserting else (),
+            asserts=tuple((t.shard, t.epoch) for t in held) if self._asserting and self.trusts(now) else (),
             buried=tuple(sorted(self._buried)),
             sent=now,
         )
@@ -177,12 +180,15 @@ class LeaseMachine:
 
     def answered(self, request: Request, answer: Answer, now: float) -> list[Instruction]:
         """The store has answered; *now* may be much later than ``request.sent``."""
+        if self.fenced or request.incarnation != self.incarnation:  # of its former life
+            return []
         if request.state == "bye":
             self.finished = True
             return []
         if answer.verdict != "ok":
             return self._cast_out(answer, now)
         self.joined = True
+        lapsed = self._lapse(now)  # before trust is renewed: work that ended with it must not be taken for running
         self._buried.difference_update(request.buried)
         forgotten = request.born not in ("", answer.born)
         if answer.born != self.born:
@@ -193,17 +199,21 @@ class LeaseMachine:
         self._learn(answer)
         if forgotten:  # what we hold is not in this table: say so before anything is made of it
             self._asserting = True
-            return [Beat()]
+            return [*lapsed, Beat()]
         self._asserting = False
         self.trusted_until = request.sent + self.terms.ttl - self.terms.margin
         if not self.settled:
             self.next_request = min(self.next_request, now + answer.settles_in)
-        return self.tick(now)
+        return lapsed + self.tick(now)
 
     def _cast_out(self, answer: Answer, now: float) -> list[Instruction]:
         """The store does not know us, or not any more."""
         self.trusted_until = NEVER
         self.fenced = answer.verdict == "dead"
+        if not self.fenced:  # it has nothing left to assert: the others need not wait for it
+            self.born, self.version, self._asserting = "", 0, False
+            self.leases.clear()
+            self._mine.clear()
         return self._lose(list(self.tenancies.values()), now) or self._rejoin()
 
     def _learn(self, answer: Answer) -> None:
@@ -217,6 +227,8 @@ class LeaseMachine:
             else:
                 self._mine.pop(shard, None)
         self.dead = answer.dead
+        if self.settled and self._claimants_asked:
+            self.dead += tuple(sorted(self._claimants_asked - self.members.keys() - {self.incarnation, *answer.dead}))
         if answer.members is not None or answer.leases:
             self._place()
 
@@ -233,20 +245,30 @@ class LeaseMachine:
     @property
     def deadline(self) -> float:
         """When `tick` or `request` has something to do, at the latest (monotonic seconds)."""
-        due = [self.next_request]
+        due = [] if self.fenced else [self.next_request]
         if any(tenancy.state not in ("losing", "releasing") for tenancy in self.tenancies.values()):
             due.append(self.trusted_until)
         due.extend(t.since + self.terms.handoff_timeout for t in self.tenancies.values() if t.state == "draining")
-        return min(due)
+        return min(due, default=-NEVER)
 
     def trusts(self, now: float) -> bool:
         """Whether this node may act as the owner of its leases."""
         return now < self.trusted_until
 
+    def _lapse(self, now: float) -> list[Instruction]:
+        """Lose everything if the trust has ended, also when nobody was awake to see it end."""
+        if self.trusts(now):
+            return []
+        # What was released is not forgotten before the table says so: begun anew under its old epoch, it would
+        # be handed over in full use by a release that was only slow.
+        return self._lose([t for t in self.tenancies.values() if t.state != "releasing"], now)
+
     def tick(self, now: float) -> list[Instruction]:
         """Do what time, or a changed table, asks for."""
         if not self.trusts(now):
-            return self._lose(list(self.tenancies.values()), now) or self._rejoin()
+            return self._lapse(now) or self._rejoin()
+        if self._asserting:  # the table has yet to hear what we hold
+            return self._close_overdue(now)
         done: list[Instruction] = self._lose([t for t in self.tenancies.values() if not self._holds(t)], now)
         if self.settled and not self.leaving:
             done += self._begin(now)
@@ -332,7 +354,7 @@ class LeaseMachine:
 
     def happened(self, event: Event, tenancies: Iterable[Tenancy], now: float) -> list[Instruction]:
         """An instruction was carried out. What comes too late, because the lease was lost meanwhile, is ignored."""
-        done: list[Instruction] = []
+        done = self._lapse(now)
         for tenancy in tenancies:
             if self.tenancies.get(tenancy.shard) is not tenancy or not tenancy.expects(event):
                 continue
@@ -348,6 +370,17 @@ class LeaseMachine:
     def bury(self, dead: Iterable[str]) -> None:
         """The messages of these incarnations are back in their queues."""
         self._buried.update(dead)
+
+    def registered(self, claimants: Iterable[str]) -> None:
+        """Who may have taken messages, as the broker says; a node registers there only once it has joined.
+
+        Those of them who are no members at the next request are dead, also if the table has forgotten them.
+        """
+        self.claimants = frozenset(claimants)
+
+    def outlawed(self, now: float) -> list[Instruction]:
+        """The broker takes this incarnation for dead, also if the table, set back, has forgotten that."""
+        return self._cast_out(Answer("dead"), now)
 
     def drain(self, now: float) -> list[Instruction]:
         """Hand everything over and take nothing, until `undrain`."""

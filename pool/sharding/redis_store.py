@@ -55,7 +55,11 @@ if born then
 end
 if not born or redis.call('HGET', meta, 'run_id') ~= run_id then
   local wait = req.ttl
-  if not born and req.born == '' then wait = req.settle end
+  if not born then
+    -- Without its clock and version the rest means nothing. The dead stay: their messages are still to be put back.
+    redis.call('DEL', alive, members, leases, changes)
+    if req.born == '' then wait = req.settle end
+  end
   born = run_id .. ':' .. integer(micros)
   redis.call('HSET', meta, 'born', born, 'run_id', run_id, 'quarantine', clock + wait)
 end
