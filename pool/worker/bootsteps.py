@@ -5,9 +5,12 @@ from typing import Any
 
 import click
 from celery import bootsteps
+from celery.worker import state
 
 from pool.errors import ConfigError
+from pool.worker.claims import OUT_OF_REACH, Claims, restore
 from pool.worker.execution import check_execution_pool, interruptible
+from pool.worker.transport import ShardTransport, check_options
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,7 @@ class BackendPoolStep(bootsteps.StartStopStep):
         self.extension = worker.app.warm_pool
         try:
             self.in_process = check_execution_pool(worker)
+            name_claimant(worker, self.extension.settings.namespace)
         except ConfigError as error:
             if click.get_current_context(silent=True) is None:
                 raise
@@ -81,3 +85,60 @@ class BackendPoolStep(bootsteps.StartStopStep):
     def terminate(self, worker: Any) -> None:  # noqa: ARG002
         """Cold shutdown: what still runs is cancelled, and its message goes back to the queue."""
         self.extension.close(grace=0.0)
+
+
+def name_claimant(worker: Any, namespace: str) -> None:
+    """Have this worker's channels claim what they take, if its broker is a Redis. Raises `ConfigError`."""
+    app = worker.app
+    if app.connection_for_read().get_transport_cls() is ShardTransport:
+        options = {"priority_steps": [0], **(app.conf.broker_transport_options or {})}
+        check_options(options)
+        app.conf.broker_transport_options = {**options, "claimant": worker.hostname, "namespace": namespace}
+
+
+class ClaimsStep(bootsteps.StartStopStep):
+    """Started first and shut down last of the consumer's steps: it leaves when every channel has given back."""
+
+    label = "Claims"
+
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        super().__init__(consumer, **kwargs)
+        options = consumer.app.conf.broker_transport_options or {}
+        self.claims = Claims.of(options["namespace"], options["claimant"]) if "claimant" in options else None
+
+    def include(self, consumer: Any) -> bool:
+        if self.claims is not None:
+            self.claims.running = lambda: _in_hand(consumer)
+            consumer.steps.insert(0, self)
+        return self.claims is not None
+
+    def shutdown(self, consumer: Any) -> None:  # noqa: ARG002 - Celery's signature
+        claims = self.claims
+        if claims is None or claims.client is None:
+            return
+        try:
+            if claims.leave(claims.client):
+                restore(claims.client, claims.namespace, claims.claimant)
+        except OUT_OF_REACH as error:
+            logger.warning("what %s has not finished goes back when its node starts again: %s", claims.claimant, error)
+
+
+def _in_hand(consumer: Any) -> set[str]:
+    """Delivery tags of the messages whose tasks outlive the connection: none, if the worker is about to end."""
+    if consumer.blueprint.state != bootsteps.RUN:
+        return set()
+    if not consumer.pool.__module__.endswith(".prefork"):
+        found = _requests(state.active_requests) | _requests(state.reserved_requests)  # threads forget nothing
+    elif consumer.app.conf.worker_cancel_long_running_tasks_on_connection_loss:
+        found = set()
+    else:
+        found = _requests(state.active_requests)  # what no child has begun is discarded
+    return {request.message.delivery_tag for request in found}
+
+
+def _requests(known: Any) -> set[Any]:
+    while True:
+        try:
+            return set(known)
+        except RuntimeError:  # a thread has added one meanwhile
+            continue

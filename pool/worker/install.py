@@ -13,7 +13,7 @@ from pool.hosts import Hosts, make_backend
 from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
 from pool.worker.router import ShardRouter
-from pool.worker.transport import ShardConnection
+from pool.worker.transport import ShardConnection, ShardTransport
 
 
 def install(
@@ -46,12 +46,16 @@ def install(
         beat_schedule={**extension.beat_schedule(), **app.conf.beat_schedule},
     )
     app.amqp.Connection = ShardConnection
+    if app.connection_for_write().get_transport_cls() is ShardTransport:
+        # Producers, too: nodes look at one list for each queue, not at those that messages with a priority go to.
+        app.conf.broker_transport_options = {"priority_steps": [0], **(app.conf.broker_transport_options or {})}
     for queue in extension.router.queues:
         app.amqp.queues.add(queue)  # known by name (a retry names it); consumed only where the bootstep says so
     from pool.worker import maintenance  # noqa: F401 - registers its shared tasks
-    from pool.worker.bootsteps import BackendPoolStep
+    from pool.worker.bootsteps import BackendPoolStep, ClaimsStep
 
     app.steps["worker"].add(BackendPoolStep)
+    app.steps["consumer"].add(ClaimsStep)
     return extension
 
 
