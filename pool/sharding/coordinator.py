@@ -40,6 +40,9 @@ class Worker(Protocol):
     async def restore(self, dead: Iterable[str]) -> None:
         """Put back what dead incarnations had taken from the broker and not settled. May raise; is then repeated."""
 
+    async def claimants(self) -> set[str]:
+        """Incarnations that may hold messages, as the broker says. May raise."""
+
     async def consume(self, shards: Iterable[int]) -> None:
         """Consume these shards' queues."""
 
@@ -76,7 +79,7 @@ class Coordinator:
 
     async def run(self) -> None:
         """Take part until the machine has left."""
-        listener = asyncio.create_task(self._listen())
+        watchers = [asyncio.create_task(self._listen()), asyncio.create_task(self._look_for_forgotten())]
         try:
             while not self.machine.finished:
                 self._wake.clear()
@@ -85,7 +88,8 @@ class Coordinator:
                     self._talking = asyncio.create_task(self._talk(self.machine.request(now())))
                 await self._pause()
         finally:
-            listener.cancel()
+            for watcher in watchers:
+                watcher.cancel()
             self.ownership.trust(0.0)
 
     async def _pause(self) -> None:
@@ -172,6 +176,13 @@ class Coordinator:
             except (RedisError, OSError):
                 await asyncio.sleep(self.machine.terms.heartbeat)
 
+    async def _look_for_forgotten(self) -> None:
+        """Have the machine know who has messages at the broker, for the case that the table has forgotten them."""
+        while True:
+            await asyncio.sleep(self.machine.terms.ttl)
+            with contextlib.suppress(RedisError, OSError):
+                self.machine.registered(await self.worker.claimants())
+
     # -- instructions
 
     def _carry_out(self, instructions: list[Instruction]) -> None:
@@ -256,6 +267,12 @@ class Coordinator:
     def leave(self) -> None:
         """Hand everything over; `run` ends when that is done."""
         self._carry_out(self.machine.leave(now()))
+        self._wake.set()
+
+    def outlawed(self) -> None:
+        """The broker takes this incarnation for dead."""
+        self._carry_out(self.machine.outlawed(now()))
+        self.ownership.trust(self.machine.trusted_until)
         self._wake.set()
 
     def quit(self) -> None:

@@ -14,6 +14,7 @@ from celery import bootsteps
 
 from pool.errors import ConfigError
 from pool.worker.execution import check_execution_pool, interruptible, with_turns
+from pool.worker.takeover import in_hand
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,11 @@ class BackendPoolStep(bootsteps.StartStopStep):
         self.extension = worker.app.warm_pool
         with refusals():
             self.in_process = check_execution_pool(worker)
+            self.extension.prepare_worker(worker)
         if worker.pool_cls.__module__.endswith(".thread"):
             worker.pool_cls = with_turns(worker.pool_cls, self.extension)
         if self.in_process:
             worker.pool_cls = interruptible(worker.pool_cls, self.extension)
-        self.extension.prepare_worker(worker)
 
     def include(self, worker: Any) -> bool:
         """Take the first place: Celery's own steps know no way to say so."""
@@ -105,6 +106,21 @@ class OwnershipStep(bootsteps.StartStopStep):
     def terminate(self, worker: Any) -> None:
         if worker.app.warm_pool.tenancy is not None:
             worker.app.warm_pool.tenancy.terminate()
+
+
+class ClaimsStep(bootsteps.StartStopStep):
+    """Started first and shut down last of the consumer's steps: it leaves when every channel has given back."""
+
+    label = "Claims"
+
+    def include(self, consumer: Any) -> bool:
+        """Take the first place."""
+        consumer.app.warm_pool.takeover.running = lambda: in_hand(consumer)
+        consumer.steps.insert(0, self)
+        return True
+
+    def shutdown(self, consumer: Any) -> None:
+        consumer.app.warm_pool.takeover.leave()
 
 
 class ConsumptionStep(bootsteps.StartStopStep):

@@ -6,6 +6,7 @@ from typing import Any
 
 from celery.worker import state
 
+from pool.worker.takeover import requests
 from pool.worker.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ class Consumption:
         self._consumer = None
 
     def reconnect(self) -> None:
-        """Have Celery make a new connection."""
+        """Have Celery make a new connection: the messages of this one belong to a former incarnation."""
+        channel = getattr(getattr(self._consumer, "task_consumer", None), "channel", None)
+        if hasattr(channel, "renounce"):
+            channel.renounce()
 
     # -- shards come and go
 
@@ -128,11 +132,8 @@ class Consumption:
     def busy(self, shard: int) -> bool:
         """Whether a task of the shard is still running. Any thread."""
         name = self._queues[shard].name
-        while True:
-            try:
-                return any(_queue_of(request) == name for request in list(state.reserved_requests))
-            except RuntimeError:  # the set changed while it was copied
-                continue
+        known = requests(state.reserved_requests) | requests(state.active_requests)
+        return any(_queue_of(request) == name for request in known)
 
     def press(self, queue: str, full: bool) -> None:
         """Leave a queue out of consumption, or take it in again; on RabbitMQ its consumer's prefetch does that."""

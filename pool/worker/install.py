@@ -9,7 +9,6 @@ from celery import Celery, signals
 
 from pool.backends.base import Backend
 from pool.config import Settings
-from pool.embedded import is_redis
 from pool.hosts import Hosts, make_backend
 from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
@@ -18,9 +17,9 @@ from pool.worker.consumption import Consumption
 from pool.worker.guard import Guard
 from pool.worker.hub import HubCalls
 from pool.worker.router import ShardRouter
-from pool.worker.takeover import BrokerTakeover, RedisTakeover
+from pool.worker.takeover import takeover_for
 from pool.worker.tenancy import Tenancy
-from pool.worker.transport import ShardConnection
+from pool.worker.transport import ShardConnection, ShardTransport
 
 PREFETCH = {"threads": 2, "prefork": 1, "solo": 1}
 """Messages per place for a running task. With threads as many again may wait for their key's turn (see `Turns`)."""
@@ -56,13 +55,16 @@ def install(
         beat_schedule={**extension.beat_schedule(), **app.conf.beat_schedule},
     )
     app.amqp.Connection = ShardConnection
+    if app.connection_for_write().get_transport_cls() is ShardTransport:
+        # Producers, too: nodes look at one list for each queue, not at those that messages with a priority go to.
+        app.conf.broker_transport_options = {"priority_steps": [0], **(app.conf.broker_transport_options or {})}
     for queue in extension.router.queues:
         app.amqp.queues.add(queue)  # known by name (a retry names it); consumed only where the bootstep says so
     from pool.worker import control, maintenance  # noqa: F401 - registers remote control commands and shared tasks
-    from pool.worker.bootsteps import BackendPoolStep, ConsumptionStep, OwnershipStep
+    from pool.worker.bootsteps import BackendPoolStep, ClaimsStep, ConsumptionStep, OwnershipStep
 
     app.steps["worker"].update((BackendPoolStep, OwnershipStep))
-    app.steps["consumer"].add(ConsumptionStep)
+    app.steps["consumer"].update((ClaimsStep, ConsumptionStep))
     return extension
 
 
@@ -117,8 +119,7 @@ class WarmPool:
         self.calls = HubCalls()
         self.consumption = Consumption(self.router.queues)
         self.tenancy: Tenancy | None = None
-        on_redis = is_redis(worker.app.connection_for_read().as_uri())
-        self.takeover = RedisTakeover(worker.app, settings.namespace) if on_redis else BrokerTakeover()
+        self.takeover = takeover_for(worker.app, settings)
         if settings.leased:
             self.guard = Guard(self.ownership)
             self.tenancy = Tenancy(self, worker.hostname)

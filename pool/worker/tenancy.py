@@ -48,6 +48,7 @@ class Tenancy:
         times = self.settings.lease_ttl, self.settings.lease_heartbeat, self.settings.handoff_timeout
         self.terms = Terms(*times)
         self.machine = LeaseMachine(incarnation_of(node), node, self.settings.shards, self.terms)
+        self.takeover.adopt(self.machine.incarnation)
         self._thread: LoopThread
         self._running: Future[None]
 
@@ -55,13 +56,13 @@ class Tenancy:
 
     def start(self) -> None:
         """Join the other nodes. Raises `ConfigError` when this node must not; an unreachable store is waited for."""
-        self.takeover.adopt(self.machine.incarnation)
         self._thread = LoopThread("pool-coordinator")
         try:
             self._thread.run(self._join())
         except BaseException:
             self._thread.stop()
             raise
+        self.takeover.fenced = lambda: self._thread.loop.call_soon_threadsafe(self.coordinator.outlawed)
         self._running = self._thread.spawn(self.coordinator.run()).future
 
     async def _join(self) -> None:
@@ -111,6 +112,9 @@ class Tenancy:
             count = await asyncio.to_thread(self.takeover.restore, incarnation)
             if count:
                 logger.info("takeover: %d messages of the dead %s are back in their queues", count, incarnation)
+
+    async def claimants(self) -> set[str]:
+        return await asyncio.to_thread(self.takeover.claimants)
 
     async def consume(self, shards: Iterable[int]) -> None:
         await self.calls.call(lambda: self.consumption.add(shards))

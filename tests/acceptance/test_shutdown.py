@@ -183,26 +183,23 @@ def test_a_soft_shutdown_gives_a_long_build_back(
 
 @pytest.mark.parametrize("execution", ["threads", "prefork"])
 def test_kill_9_of_the_node_takes_the_command_with_it(
-    execution: str, start: Start, producer: Producer, sshd: LoopbackSshd, gate: Gate, key: str
+    execution: str, start: Start, producer: Producer, sshd: LoopbackSshd, gate: Gate, key: str, site: Site
 ) -> None:
-    """The lifeline: nobody is left to clean up, and yet the command's process group ends.
-
-    Today the message comes back by kombu's visibility timeout only. Kombu looks for such messages every 10 x 10 s, and
-    an hour must have passed; both are made short here. Takeover will need neither.
-    """
-    options = {"visibility_timeout": 3, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
-    brief = {"TEST_CONF": json.dumps({"broker_transport_options": {"priority_steps": [0], **options}})}
-    first = start("first", app=COMPOSED, env={**brief, "POOL_EXECUTION": execution})
+    """The lifeline: nobody is left to clean up, and yet the command's process group ends; the node, started again, builds at once."""
+    node = start(env={"POOL_EXECUTION": execution})
     result = producer.build(key, gate.command)
     group = gate.wait_started()
-    first.kill("SIGKILL")
-    first.wait()
+    node.kill("SIGKILL")
+    node.wait()
     wait_group_gone(group)
-    assert_nothing_left(first, sshd)
+    assert_nothing_left(node, sshd)
+    assert site.messages() == 1
     gate.open()
-    second = start("second", app=COMPOSED, env=brief)
-    assert result.get(timeout=RESULT_TIMEOUT)["node"] == second.hostname()
+    node.container.restart()
+    assert result.get(timeout=RESULT_TIMEOUT)["node"] == node.hostname()
     assert gate.runs == 2
+    assert node.stop() == 0
+    assert site.messages() == 0
 
 
 def test_kill_9_of_a_prefork_child_has_the_build_run_again_by_the_next_child(

@@ -70,8 +70,9 @@ class Site:
     def messages(self) -> int:
         """Messages that wait in any queue, or were taken and are not acknowledged."""
         with self.redis() as client:
-            lists = list(client.scan_iter(_type="list"))
-            return sum(client.llen(name) for name in lists) + client.hlen("unacked")
+            lists = sum(client.llen(name) for name in client.scan_iter(_type="list"))
+            claims = sum(client.hlen(name) for name in client.scan_iter(match="*.claims.*", _type="hash"))
+            return lists + claims + client.hlen("unacked")
 
     def teardown(self) -> None:
         self.valkey.teardown()
