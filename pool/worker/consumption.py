@@ -34,7 +34,7 @@ class Consumption:
 
     def reconnect(self) -> None:
         """Have Celery make a new connection: the messages of this one belong to a former incarnation."""
-        channel = getattr(getattr(self._consumer, "task_consumer", None), "channel", None)
+        channel = self._channel()
         if hasattr(channel, "renounce"):
             channel.renounce()
 
@@ -79,7 +79,7 @@ class Consumption:
         requests = [*self._waiting(names), *self._scheduled(names), *self._limited(names), *self._queued(names)]
         if not requests:
             return 0
-        channel = self._consumer.task_consumer.channel
+        channel = self._channel()
         tags = [request.message.delivery_tag for request in requests]
         if hasattr(channel, "give_back"):
             channel.give_back(tags)
@@ -137,10 +137,12 @@ class Consumption:
 
     def press(self, queue: str, full: bool) -> None:
         """Leave a queue out of consumption, or take it in again; on RabbitMQ its consumer's prefetch does that."""
-        consumer = self._consumer
-        channel = getattr(getattr(consumer, "task_consumer", None), "channel", None)
-        if channel is not None and hasattr(channel, "pause"):
+        channel = self._channel()
+        if hasattr(channel, "pause"):
             (channel.pause if full else channel.resume)(queue)
+
+    def _channel(self) -> Any:
+        return getattr(getattr(self._consumer, "task_consumer", None), "channel", None)
 
 
 def _queue_of(request: Any) -> str | None:

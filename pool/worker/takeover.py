@@ -32,8 +32,8 @@ class RedisTakeover:
     def adopt(self, incarnation: str) -> None:
         """Take messages under this name, from the next connection on."""
         self._claims = Claims.of(self.namespace, incarnation)
-        self._claims.running = lambda: self.running()
-        self._claims.on_fenced = lambda: self.fenced()
+        self._claims.running = self._running
+        self._claims.on_fenced = self._on_fenced
         options = {"claimant": incarnation, "namespace": self.namespace, "claim_limit": self._limit}
         self.app.conf.broker_transport_options = {**(self.app.conf.broker_transport_options or {}), **options}
 
@@ -47,6 +47,12 @@ class RedisTakeover:
     def claimants(self) -> set[str]:
         """Return who may hold messages. Raises what redis-py raises."""
         return set(claimants(self._redis(), self.namespace))
+
+    def _running(self) -> Collection[str]:
+        return self.running()
+
+    def _on_fenced(self) -> None:
+        self.fenced()
 
     def leave(self) -> None:
         """Nothing is taken any more: what is still held goes back."""
