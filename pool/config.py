@@ -109,6 +109,8 @@ class Settings:
     """Seconds between two beat-driven passes that close idle chats."""
     chat_ttl: float = 1800.0
     """A chat none of whose backends was used for this many seconds is closed."""
+    consumer_timeout: float = 1800.0
+    """RabbitMQ only: seconds for which it lets a task keep its message (``consumer_timeout`` of the server)."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.namespace):
@@ -129,7 +131,7 @@ class Settings:
                 f"concurrency={self.concurrency} with execution={self.execution!r}: must be 1, or a key's tasks would"
                 " land in different processes. Use execution='threads', or start several nodes"
             )
-        for name in ("sweep_interval", "close_interval", "chat_ttl"):
+        for name in ("sweep_interval", "close_interval", "chat_ttl", "consumer_timeout"):
             check_number(name, getattr(self, name), "must be more than 0")
 
     @property
@@ -170,6 +172,7 @@ class Settings:
             sweep_interval=env.seconds("POOL_SWEEP_INTERVAL", 60.0),
             close_interval=env.seconds("POOL_CLOSE_INTERVAL", 60.0),
             chat_ttl=env.seconds("POOL_CHAT_TTL", 1800.0),
+            consumer_timeout=env.seconds("POOL_CONSUMER_TIMEOUT", 1800.0),
             pool=pool,
         )
         return settings

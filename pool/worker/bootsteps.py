@@ -7,6 +7,7 @@ import click
 from celery import bootsteps
 
 from pool.errors import ConfigError
+from pool.worker import rabbitmq
 from pool.worker.execution import check_execution_pool, interruptible
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ class BackendPoolStep(bootsteps.StartStopStep):
         self.extension = worker.app.warm_pool
         try:
             self.in_process = check_execution_pool(worker)
+            if rabbitmq.is_amqp(self.extension.settings.broker_url):
+                limits = {"time_limit": worker.time_limit, "soft_time_limit": worker.soft_time_limit}
+                rabbitmq.check_time_limits(worker.app, self.extension.settings.consumer_timeout, limits)
         except ConfigError as error:
             if click.get_current_context(silent=True) is None:
                 raise

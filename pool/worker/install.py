@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from celery import Celery, signals
@@ -12,6 +13,7 @@ from pool.config import Settings
 from pool.hosts import Hosts, make_backend
 from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
+from pool.worker import rabbitmq
 from pool.worker.router import ShardRouter
 from pool.worker.transport import ShardConnection
 
@@ -33,6 +35,7 @@ def install(
     to 1. Raises `ConfigError`.
     """
     settings = settings or Settings.from_env()
+    settings = replace(settings, broker_url=app.conf.broker_url or settings.broker_url)  # the one that is used
     extension = WarmPool(app, settings, backend_class, default_config)
     app.warm_pool = extension
     own_routes = app.conf.task_routes or ()
@@ -46,6 +49,8 @@ def install(
         beat_schedule={**extension.beat_schedule(), **app.conf.beat_schedule},
     )
     app.amqp.Connection = ShardConnection
+    if rabbitmq.is_amqp(settings.broker_url):
+        rabbitmq.configure(app, settings)
     for queue in extension.router.queues:
         app.amqp.queues.add(queue)  # known by name (a retry names it); consumed only where the bootstep says so
     from pool.worker import maintenance  # noqa: F401 - registers its shared tasks

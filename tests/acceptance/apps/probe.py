@@ -6,6 +6,7 @@ from typing import Any
 from celery import shared_task
 
 from pool import PooledTask
+from pool.worker.rabbitmq import without_delay
 
 
 def report(task: PooledTask) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def report(task: PooledTask) -> dict[str, Any]:
             "pid": os.getpid(),
             "node": task.request.hostname,
             "warm": borrowed.warm,
-            "queue": task.request.delivery_info["routing_key"],
+            "queue": without_delay(task.request.delivery_info["routing_key"]),
             "retries": task.request.retries,
         }
 
