@@ -19,8 +19,6 @@ from pytest_celery import (
 
 from pool.loopback_sshd import LoopbackSshd
 from tests.support.celery_nodes import WorkerNode, live
-from tests.support.rabbitmq import RabbitServer, rabbitmq_binary
-from tests.support.services import require_service
 from tests.support.site import Gate, Producer, Site
 
 
@@ -32,14 +30,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         for container in list(live.values()):
             report.sections.append((f"log of {container.name} ({container.status})", container.logs()[-8000:]))
     return report
-
-
-@pytest.fixture(scope="session")
-def rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
-    """A private RabbitMQ for all modules of the run that want one."""
-    require_service("rabbitmq-server", rabbitmq_binary())
-    with RabbitServer(tmp_path_factory.mktemp("rabbitmq")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
