@@ -50,7 +50,7 @@ def queue_arguments() -> dict[str, Any]:
 
 
 def consumer_arguments(settings: Settings) -> dict[str, Any]:
-    """Arguments of a shard queue's consumer: RabbitMQ 3.11.15 and later obeys it, before that the server's own counts."""
+    """Arguments of a shard queue's consumer: RabbitMQ obeys them from 3.11.15 on; before, the server's own count."""
     return {"x-consumer-timeout": int(settings.consumer_timeout * 1000)}
 
 

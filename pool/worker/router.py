@@ -49,7 +49,10 @@ class ShardRouter:
         task: Any = None,
         **_: Any,
     ) -> dict[str, Any] | None:
-        """Return ``{"queue": ...}`` and what else to send with. Raises `InvalidKey` for a keyed task without a usable key."""
+        """Return ``{"queue": ...}`` and, for RabbitMQ, what to declare.
+
+        Raises `InvalidKey` for a keyed task without a usable key.
+        """
         header = (options.get("headers") or {}).get(KEY_HEADER)
         shard = self._shard(name, args or (), kwargs or {}, header, task or self._find_task(name))
         if shard is None:

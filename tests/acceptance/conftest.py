@@ -39,9 +39,7 @@ def broker() -> str:
 
 
 @pytest.fixture(scope="module")
-def site(
-    broker: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Site]:
+def site(broker: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Site]:
     """A data folder with its embedded Valkey."""
     rabbit = request.getfixturevalue("rabbit") if broker == "rabbitmq" else None
     site = Site(tmp_path_factory.mktemp("site"), rabbit)

@@ -51,7 +51,9 @@ class Node:
         return self.bodies()
 
     def bodies(self) -> str:
-        return "".join(str(message.body, "utf-8") if isinstance(message.body, bytes) else message.body for message in self.messages)
+        return "".join(
+            str(message.body, "utf-8") if isinstance(message.body, bytes) else message.body for message in self.messages
+        )
 
     def nothing_more(self) -> bool:
         """Whether the server has nothing to say to us once it has answered a question."""
