@@ -88,6 +88,12 @@ def test_a_delayed_message_waits_in_the_broker_and_not_in_a_node(
     assert 5.5 < time.monotonic() - sent < 12.0
 
 
+def test_a_node_prepares_delays_for_the_shards_of_others(start: Start) -> None:
+    """On a server that knows no shard yet; a message whose delay ends must find its queue."""
+    node = start(env={"POOL_NAMESPACE": "fresh", "POOL_NODE_SHARDS": "0-31"})
+    assert "ailed to" not in node.logs()
+
+
 def test_a_retry_with_a_delay_below_a_second_comes_back_to_its_queue(
     start: Start, producer: Producer, key: str
 ) -> None:
