@@ -164,8 +164,8 @@ class _WholeSeconds:
 def check_time_limits(app: Celery, consumer_timeout: float, limits: Mapping[str, float | None] | None = None) -> None:
     """Raise `ConfigError` for a task whose time limit is above *consumer_timeout* seconds.
 
-    RabbitMQ closes the channel of a consumer that holds a message for longer. Celery ends the node then, and the message
-    is delivered again, with everything else that the node had taken. *limits* are the worker's own
+    RabbitMQ closes the channel of a consumer that holds a message for longer. Celery ends the node then, and the
+    message is delivered again, with everything else that the node had taken. *limits* are the worker's own
     (``time_limit``, ``soft_time_limit``); None: those of ``app.conf``.
     """
     if limits is None:
@@ -178,6 +178,6 @@ def check_time_limits(app: Celery, consumer_timeout: float, limits: Mapping[str,
             if limit and limit > consumer_timeout:
                 raise ConfigError(
                     f"task {name}: {kind}={limit:g} s is above RabbitMQ's consumer timeout of {consumer_timeout:g} s:"
-                    " the broker would close the node's channel and deliver the message of the running task again. Lower the"
-                    " limit, or raise consumer_timeout in rabbitmq.conf and POOL_CONSUMER_TIMEOUT with it"
+                    " the broker would close the node's channel and deliver the message of the running task again."
+                    " Lower the limit, or raise consumer_timeout in rabbitmq.conf and POOL_CONSUMER_TIMEOUT with it"
                 )
