@@ -118,6 +118,8 @@ class Settings:
     """Seconds between two beat-driven passes that close idle chats."""
     chat_ttl: float = 1800.0
     """A chat none of whose backends was used for this many seconds is closed."""
+    consumer_timeout: float = 1800.0
+    """RabbitMQ only: seconds for which it lets a task keep its message (``consumer_timeout`` of the server)."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.namespace):
@@ -139,7 +141,8 @@ class Settings:
                 " land in different processes. Use execution='threads', or start several nodes"
             )
         check_number("key_concurrency", self.key_concurrency, "must be a whole number, 1 or more", unit="tasks")
-        for name in ("sweep_interval", "close_interval", "chat_ttl", "lease_heartbeat", "handoff_timeout"):
+        times = "sweep_interval", "close_interval", "chat_ttl", "lease_heartbeat", "handoff_timeout", "consumer_timeout"
+        for name in times:
             check_number(name, getattr(self, name), "must be more than 0")
         self._check_lease_ttl()
 
@@ -197,6 +200,7 @@ class Settings:
             sweep_interval=env.seconds("POOL_SWEEP_INTERVAL", 60.0),
             close_interval=env.seconds("POOL_CLOSE_INTERVAL", 60.0),
             chat_ttl=env.seconds("POOL_CHAT_TTL", 1800.0),
+            consumer_timeout=env.seconds("POOL_CONSUMER_TIMEOUT", 1800.0),
             pool=pool,
         )
         return settings

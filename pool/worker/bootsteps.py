@@ -13,6 +13,7 @@ import click
 from celery import bootsteps
 
 from pool.errors import ConfigError
+from pool.worker import rabbitmq
 from pool.worker.execution import check_execution_pool, interruptible, with_turns
 from pool.worker.takeover import in_hand
 
@@ -33,6 +34,9 @@ class BackendPoolStep(bootsteps.StartStopStep):
         self.extension = worker.app.warm_pool
         with refusals():
             self.in_process = check_execution_pool(worker)
+            if rabbitmq.is_amqp(self.extension.settings.broker_url):
+                limits = {"time_limit": worker.time_limit, "soft_time_limit": worker.soft_time_limit}
+                rabbitmq.check_time_limits(worker.app, self.extension.settings.consumer_timeout, limits)
             self.extension.prepare_worker(worker)
         if worker.pool_cls.__module__.endswith(".thread"):
             worker.pool_cls = with_turns(worker.pool_cls, self.extension)

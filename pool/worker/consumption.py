@@ -6,6 +6,7 @@ from typing import Any
 
 from celery.worker import state
 
+from pool.worker.router import ShardRouter
 from pool.worker.takeover import requests
 from pool.worker.turns import Turns
 
@@ -15,8 +16,8 @@ logger = logging.getLogger(__name__)
 class Consumption:
     """The queues of one worker. Everything but `busy` and `press` belongs to the hub thread."""
 
-    def __init__(self, queues: list[Any]) -> None:
-        self._queues = queues  # by shard
+    def __init__(self, router: ShardRouter) -> None:
+        self._router = router
         self.turns: Turns[Any] | None = None
         self._wanted: set[int] = set()
         self._consumer: Any = None
@@ -51,54 +52,54 @@ class Consumption:
         if consumer is None or not shards:
             return
         tasks = consumer.task_consumer
-        on_redis = consumer.connection.transport.driver_type == "redis"
         for shard in sorted(shards):
-            queue = self._queues[shard]
-            if on_redis:  # nothing to declare there but the binding, which producers see to
-                tasks._queues[queue.name] = queue(tasks.channel)
-            else:
-                tasks.add_queue(queue)
+            queue = self._router.queues[shard]
+            tasks._queues[queue.name] = queue(tasks.channel)  # declared by now, or (Redis) by whoever sends to it
         tasks.consume()
 
     def cancel(self, shards: Iterable[int]) -> int:
         """Consume them no more, and give back what has not started; returns how many messages that were."""
         gone = set(shards)
         self._wanted -= gone
-        names = {self._queues[shard].name for shard in gone}
         if self._consumer is None:
             return 0
-        for name in sorted(names):
-            self._consumer.task_consumer.cancel_by_queue(name)
-        return self._give_back(names)
+        for shard in sorted(gone):
+            self._consumer.task_consumer.cancel_by_queue(self._router.queues[shard].name)
+        return self._give_back(gone)
 
     def cancel_all(self) -> int:
         """`cancel` for every shard: the worker shuts down."""
         return self.cancel(set(self._wanted))
 
-    def _give_back(self, names: Collection[str]) -> int:
-        requests = [*self._waiting(names), *self._scheduled(names), *self._limited(names), *self._queued(names)]
-        if not requests:
+    def _give_back(self, shards: Collection[int]) -> int:
+        found = [*self._waiting(shards), *self._scheduled(shards), *self._limited(shards), *self._queued(shards)]
+        if not found:
             return 0
         channel = self._channel()
-        tags = [request.message.delivery_tag for request in requests]
         if hasattr(channel, "give_back"):
-            channel.give_back(tags)
-        else:
-            for request in requests:
+            channel.give_back([request.message.delivery_tag for request in found])
+        else:  # RabbitMQ puts each in front of what has not been delivered yet, so the oldest goes first
+            for request in sorted(found, key=lambda request: int(request.message.delivery_tag)):
                 request.message.requeue()
-        for request in requests:
+        for request in found:
             request.acknowledged = True
             state.requests.pop(request.id, None)
             state.reserved_requests.discard(request)
-        return len(requests)
+        return len(found)
 
-    def _waiting(self, names: Collection[str]) -> list[Any]:
+    def _waiting(self, shards: Collection[int]) -> list[Any]:
         """Those that wait for their key's turn, or for a thread."""
-        return [] if self.turns is None else [job.work.request for job in self.turns.withdraw(names)]
+        return (
+            []
+            if self.turns is None
+            else [
+                job.work.request for job in self.turns.withdraw({self._router.queues[shard].name for shard in shards})
+            ]
+        )
 
-    def _scheduled(self, names: Collection[str]) -> list[Any]:
+    def _scheduled(self, shards: Collection[int]) -> list[Any]:
         """Those that wait for their ETA in this worker."""
-        found = [request for request in tuple(state.scheduled_requests) if _queue_of(request) in names]
+        found = [request for request in tuple(state.scheduled_requests) if self._shard(request) in shards]
         for request in found:
             if request._eta_timer_entry is not None:
                 self._consumer.timer.cancel(request._eta_timer_entry)
@@ -106,23 +107,23 @@ class Consumption:
             state.scheduled_requests.discard(request)
         return found
 
-    def _limited(self, names: Collection[str]) -> list[Any]:
+    def _limited(self, shards: Collection[int]) -> list[Any]:
         """Those that wait for their task's rate limit."""
         found = []
         for bucket in self._consumer.task_buckets.values():
             for item in list(bucket.contents if bucket else ()):
-                if _queue_of(item[0]) in names:
+                if self._shard(item[0]) in shards:
                     bucket.contents.remove(item)
                     found.append(item[0])
         return found
 
-    def _queued(self, names: Collection[str]) -> list[Any]:
+    def _queued(self, shards: Collection[int]) -> list[Any]:
         """Those that wait for a prefork child."""
         semaphore = getattr(self._consumer.controller, "semaphore", None)
         waiting = getattr(semaphore, "_waiting", None)
         if not waiting:
             return []
-        found = [entry for entry in waiting if entry[1] and _queue_of(entry[1][0]) in names]
+        found = [entry for entry in waiting if entry[1] and self._shard(entry[1][0]) in shards]
         for entry in found:
             waiting.remove(entry)
         return [entry[1][0] for entry in found]
@@ -131,9 +132,11 @@ class Consumption:
 
     def busy(self, shard: int) -> bool:
         """Whether a task of the shard is still running. Any thread."""
-        name = self._queues[shard].name
         known = requests(state.reserved_requests) | requests(state.active_requests)
-        return any(_queue_of(request) == name for request in known)
+        return any(self._shard(request) == shard for request in known)
+
+    def _shard(self, request: Any) -> int | None:
+        return self._router.shard_in(request.delivery_info)
 
     def press(self, queue: str, full: bool) -> None:
         """Leave a queue out of consumption, or take it in again; on RabbitMQ its consumer's prefetch does that."""
@@ -143,8 +146,3 @@ class Consumption:
 
     def _channel(self) -> Any:
         return getattr(getattr(self._consumer, "task_consumer", None), "channel", None)
-
-
-def _queue_of(request: Any) -> str | None:
-    queue: str | None = request.delivery_info.get("routing_key")
-    return queue

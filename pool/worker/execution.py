@@ -77,11 +77,11 @@ class Call:
     def job(self, extension: Any) -> Job["Call"]:
         """With its key. A foreign producer that sends no key header is taken for one key per queue."""
         headers = self._call[1][2]  # of trace_task(name, id, headers, ...)
-        queue = (headers.get("delivery_info") or {}).get("routing_key") or ""
-        key = headers.get(KEY_HEADER)
-        if key is None and queue in extension.router.shard_queues:
-            key = queue
-        return Job(key, queue, self)
+        shard = extension.router.shard_in(headers.get("delivery_info"))
+        if shard is None:
+            return Job(None, (headers.get("delivery_info") or {}).get("routing_key") or "", self)
+        queue = extension.router.queues[shard].name
+        return Job(headers.get(KEY_HEADER, queue), queue, self)
 
     def run(self) -> None:
         """Call it in this thread, unless it was revoked or has expired while it waited."""

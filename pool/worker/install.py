@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from celery import Celery, signals
@@ -13,6 +14,7 @@ from pool.hosts import Hosts, make_backend
 from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
 from pool.sharding.ownership import FOREVER, Ownership
+from pool.worker import rabbitmq
 from pool.worker.consumption import Consumption
 from pool.worker.guard import Guard
 from pool.worker.hub import HubCalls
@@ -42,6 +44,7 @@ def install(
     Raises `ConfigError`.
     """
     settings = settings or Settings.from_env()
+    settings = replace(settings, broker_url=app.conf.broker_url or settings.broker_url)  # the one that is used
     extension = WarmPool(app, settings, backend_class, default_config)
     app.warm_pool = extension
     own_routes = app.conf.task_routes or ()
@@ -58,6 +61,8 @@ def install(
     if app.connection_for_write().get_transport_cls() is ShardTransport:
         # Producers, too: nodes look at one list for each queue, not at those that messages with a priority go to.
         app.conf.broker_transport_options = {"priority_steps": [0], **(app.conf.broker_transport_options or {})}
+    elif rabbitmq.is_amqp(settings.broker_url):
+        rabbitmq.configure(app, settings)
     for queue in extension.router.queues:
         app.amqp.queues.add(queue)  # known by name (a retry names it); consumed only where the bootstep says so
     from pool.worker import control, maintenance  # noqa: F401 - registers remote control commands and shared tasks
@@ -117,7 +122,7 @@ class WarmPool:
         settings = self.settings
         self.turns: Any = None  # whose turn it is, where the execution pool keeps that
         self.calls = HubCalls()
-        self.consumption = Consumption(self.router.queues)
+        self.consumption = Consumption(self.router)
         self.tenancy: Tenancy | None = None
         self.takeover = takeover_for(worker.app, settings)
         if settings.leased:

@@ -9,6 +9,7 @@ from pool.config import Settings
 from pool.errors import ConfigError, InvalidKey
 from pool.keys import check_key
 from pool.sharding.hashing import queue_name, shard_of
+from pool.worker import rabbitmq
 
 KEY_HEADER = "pool_key"
 """Message header by which a producer that does not know the task's code names the key."""
@@ -23,12 +24,22 @@ class ShardRouter:
     def __init__(self, settings: Settings, find_task: Callable[[str], Any] = lambda _: None) -> None:
         self.settings = settings
         self._find_task = find_task
-        exchange = Exchange(f"{settings.namespace}.shard", type="direct", durable=True)
+        self._amqp = amqp = rabbitmq.is_amqp(settings.broker_url)
+        # Celery's delayed delivery on RabbitMQ needs a topic exchange; with Redis a direct one costs less.
+        exchange = Exchange(f"{settings.namespace}.shard", type="topic" if amqp else "direct", durable=True)
+        arguments = (
+            {
+                "queue_arguments": rabbitmq.queue_arguments(),
+                "consumer_arguments": rabbitmq.consumer_arguments(settings),
+            }
+            if amqp
+            else {}
+        )
         self.queues = [
-            Queue(name, exchange, routing_key=name, durable=True)
+            Queue(name, exchange, routing_key=name, durable=True, **arguments)
             for name in (queue_name(shard, settings.namespace) for shard in range(settings.shards))
         ]
-        self.shard_queues = {queue.name: shard for shard, queue in enumerate(self.queues)}
+        self._shards = {queue.name: shard for shard, queue in enumerate(self.queues)}
 
     def __call__(
         self,
@@ -39,11 +50,13 @@ class ShardRouter:
         task: Any = None,
         **_: Any,
     ) -> dict[str, Any] | None:
-        """Return ``{"queue": ...}``. Raises `InvalidKey` for a keyed task without a usable key."""
+        """Return ``{"queue": ...}`` and, for RabbitMQ, what to declare.
+
+        Raises `InvalidKey` for a keyed task without a usable key.
+        """
         headers = options.get("headers") or {}
-        found = self._destination(
-            name, args or (), kwargs or {}, headers.get(KEY_HEADER), task or self._find_task(name)
-        )
+        task = task or self._find_task(name)
+        found = self._destination(name, args or (), kwargs or {}, headers.get(KEY_HEADER), task)
         if found is None:
             return None
         shard, key = found
@@ -54,7 +67,22 @@ class ShardRouter:
         # An option wins over a route, so the queue that a retry remembers goes: the key decides anew.
         for option in ("queue", "exchange", "routing_key"):
             options.pop(option, None)
-        return {"queue": queue}
+        # On RabbitMQ a delayed message goes to another exchange first: its queue must be there when the delay ends.
+        return {"queue": queue, "declare": [queue]} if self._amqp else {"queue": queue}
+
+    def is_shard_queue(self, name: str) -> bool:
+        return name.startswith(f"{self.settings.namespace}.shard.")
+
+    def shard_in(self, delivery_info: Mapping[str, Any] | None) -> int | None:
+        """The shard of the queue by which a message came; None: it came by none of ours."""
+        routing_key = (delivery_info or {}).get("routing_key") or ""
+        return self._shards.get(rabbitmq.without_delay(routing_key))
+
+    def is_keyed(self, name: str, options: Mapping[str, Any], task: Any = None) -> bool:
+        """Whether the task goes to a shard queue: it declares a key or a shard, or its message has the header."""
+        task = task or self._find_task(name)
+        declared = getattr(task, "key", None) is not None or getattr(task, "shard_argument", None) is not None
+        return declared or (options.get("headers") or {}).get(KEY_HEADER) is not None
 
     def _destination(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], header: Any, task: Any
@@ -90,7 +118,7 @@ class ShardRouter:
         for option in ("queue", "routing_key"):
             given = options.get(option)
             given = getattr(given, "name", given)
-            if given is not None and not str(given).startswith(f"{self.settings.namespace}.shard."):
+            if given is not None and not self.is_shard_queue(rabbitmq.without_delay(str(given))):
                 raise ConfigError(
                     f"task {name} goes to the queue of its key, {queue.name}: {option}={given!r} cannot be honoured"
                 )

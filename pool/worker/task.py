@@ -13,6 +13,7 @@ from pool.borrowing import Borrowed, Borrowing
 from pool.errors import BackendClosed, BackendUnavailable, ConfigError, InvalidKey, NotOwner
 from pool.keys import check_key
 from pool.manager import BackendPoolManager
+from pool.sharding.hashing import shard_of
 from pool.worker.router import KEY_HEADER
 
 _Parameter = inspect.Parameter
@@ -145,9 +146,10 @@ class PooledTask(Task):
         extension = self._extension
         if extension.closing:
             return True
-        queue = (self.request.delivery_info or {}).get("routing_key")
-        shard = extension.router.shard_queues.get(queue)
-        return shard is not None and not extension.ownership.owns(shard) and queue == extension.queue_for(self.pool_key)
+        shard = extension.router.shard_in(self.request.delivery_info)
+        if shard is None or extension.ownership.owns(shard):
+            return False
+        return bool(shard == shard_of(self.pool_key, extension.settings.shards))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task's code; decide what a backend that is not there means for the message."""

@@ -33,9 +33,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def broker() -> str:
+    """``redis`` or ``rabbitmq``. A module that runs on both overrides this with ``params=BROKERS``."""
+    return "redis"
+
+
+@pytest.fixture(scope="module")
+def site(broker: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Site]:
     """A data folder with its embedded Valkey."""
-    site = Site(tmp_path_factory.mktemp("site"))
+    rabbit = request.getfixturevalue("rabbit") if broker == "rabbitmq" else None
+    site = Site(tmp_path_factory.mktemp("site"), rabbit)
     yield site
     site.teardown()
 
@@ -61,13 +68,13 @@ def start_nodes() -> Callable[[Site], list[WorkerNode]]:
 
 @pytest.fixture(scope="module")
 def celery_broker_cluster(site: Site) -> CeleryBrokerCluster:
-    """The site's Valkey."""
-    return CeleryBrokerCluster(CeleryTestBroker(site.valkey))
+    """The site's Valkey or RabbitMQ."""
+    return CeleryBrokerCluster(CeleryTestBroker(site.broker))
 
 
 @pytest.fixture(scope="module")
 def celery_backend_cluster(site: Site) -> CeleryBackendCluster:
-    """The same Valkey: it keeps the results, too."""
+    """The site's Valkey: it keeps the results, whatever the broker is."""
     return CeleryBackendCluster(CeleryTestBackend(site.valkey))
 
 

@@ -8,9 +8,15 @@ import pytest
 from pool.loopback_sshd import LoopbackSshd
 from pool.sharding.hashing import shard_of
 from tests.support.celery_nodes import WorkerNode
-from tests.support.site import RESULT_TIMEOUT, Producer, Site, connections, ssh_hosts
+from tests.support.site import BROKERS, RESULT_TIMEOUT, Producer, Site, connections, ssh_hosts
 
 USERS = [f"user-{number}" for number in range(12)]
+
+
+@pytest.fixture(scope="module", params=BROKERS)
+def broker(request: pytest.FixtureRequest) -> str:
+    """Everything here holds on both brokers."""
+    return request.param
 
 
 @pytest.fixture(scope="module")

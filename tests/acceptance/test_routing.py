@@ -11,9 +11,15 @@ from pool import ConfigError, InvalidKey, NotOwner, Settings
 from pool.sharding.hashing import queue_name, shard_of
 from pool.worker.router import ShardRouter
 from tests.support.celery_nodes import WorkerNode
-from tests.support.site import RESULT_TIMEOUT, Producer, Site, close_app
+from tests.support.site import BROKERS, RESULT_TIMEOUT, Producer, Site, close_app
 
 KEYS = [f"chat:{number}" for number in range(6)]
+
+
+@pytest.fixture(scope="module", params=BROKERS)
+def broker(request: pytest.FixtureRequest) -> str:
+    """Everything here holds on both brokers."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +137,10 @@ def test_another_queue_than_the_key_s_is_refused(producer: Producer) -> None:
 @pytest.fixture
 def foreign(site: Site) -> Iterator[Celery]:
     """An app that knows nothing of the pool and has none of its tasks."""
-    app = Celery("foreign", broker=site.valkey.url, backend=site.valkey.url, set_as_current=False)
+    app = Celery("foreign", broker=site.broker.url, backend=site.valkey.url, set_as_current=False)
     app.conf.task_queues = [Queue("celery")]
-    app.conf.broker_transport_options = {"priority_steps": [0]}
+    if site.broker is site.valkey:
+        app.conf.broker_transport_options = {"priority_steps": [0]}
     yield app
     close_app(app)
 
@@ -149,7 +156,8 @@ def documented_queue(key: str, shards: int = 64) -> Queue:
         value = (value * 2862933555777941757 + 1) % 2**64
         candidate = int((shard + 1) * (2**31 / ((value >> 33) + 1)))
     name = f"pool.shard.{shard:03d}"
-    return Queue(name, Exchange("pool.shard", type="direct"), routing_key=name)
+    # The workers declare both; a producer that would declare them must know their arguments, which RabbitMQ compares.
+    return Queue(name, Exchange("pool.shard", no_declare=True), routing_key=name, no_declare=True)
 
 
 @pytest.mark.parametrize("key", [*KEYS, "ключ"])
@@ -162,9 +170,9 @@ def test_a_bare_producer_may_compute_the_queue_itself(key: str, producer: Produc
     assert_at_home(report, key, producer)
 
 
-def test_a_producer_without_the_code_may_route_by_header_alone(producer: Producer, foreign: Celery) -> None:
+def test_a_producer_without_the_code_may_route_by_header_alone(producer: Producer, foreign: Celery, site: Site) -> None:
     """``task_routes = [ShardRouter(settings)]`` and ``headers={"pool_key": ...}``: the task's arguments stay unknown."""
-    router = ShardRouter(Settings())
+    router = ShardRouter(Settings(broker_url=site.broker.url))
     foreign.conf.task_routes = [router]
     for key in KEYS:
         sent = foreign.send_task("probe.where", args=[key], headers={"pool_key": key})

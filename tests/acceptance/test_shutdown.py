@@ -11,11 +11,17 @@ from celery import states
 
 from pool.loopback_sshd import LoopbackSshd
 from tests.support.celery_nodes import WorkerNode, process_gone
-from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site, connections, ssh_hosts, wait_group_gone
+from tests.support.site import BROKERS, RESULT_TIMEOUT, Gate, Producer, Site, connections, ssh_hosts, wait_group_gone
 from tests.support.waiting import wait_until
 
 Start = Callable[..., WorkerNode]
 COMPOSED = "tests.acceptance.apps.composed"
+
+
+@pytest.fixture(scope="module", params=BROKERS)
+def broker(request: pytest.FixtureRequest) -> str:
+    """Everything here holds on both brokers."""
+    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import psutil
 from pytest_celery import CeleryTestWorker
 
 from pool import embedded
+from tests.support.rabbitmq import RabbitServer
 from tests.support.waiting import wait_until
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -253,6 +254,29 @@ class ValkeyContainer(Container):
     def teardown(self) -> None:
         embedded.stop(self.folder)
         super().teardown()
+
+
+class RabbitContainer(Container):
+    """A virtual host of a private RabbitMQ; the server belongs to the test run, and outlives this."""
+
+    def __init__(self, server: RabbitServer) -> None:
+        super().__init__("rabbitmq", server.folder)
+        self.server = server
+        self.url = server.vhost()
+
+    @property
+    def celeryconfig(self) -> dict[str, Any]:
+        return {"url": self.url, "host_url": self.url}
+
+    @property
+    def status(self) -> str:
+        return "running"
+
+    def logs(self) -> str:
+        return self.server.log
+
+    def ready(self) -> bool:
+        return True
 
 
 class WorkerNode(CeleryTestWorker):

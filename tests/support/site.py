@@ -1,35 +1,56 @@
-"""One place for an acceptance test: a data folder, its embedded Valkey, the nodes on it, and an app to send tasks from."""
+"""One place for an acceptance test: a data folder, its embedded Valkey, perhaps a RabbitMQ, the nodes on it, and an app to send tasks from."""
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import redis
 from celery import Celery
 from celery.result import AsyncResult
+from kombu import Connection
 from pytest_celery import CeleryTestSetup
 
 import tasks.builds
 import tests.acceptance.apps.probe  # noqa: F401 - shared tasks: every app knows them
 from pool import Settings, install
+from pool.embedded import is_redis
 from pool.loopback_sshd import SshdInfo
-from tests.support.celery_nodes import BeatContainer, ValkeyContainer, WorkerContainer, WorkerNode, group_members
+from pool.sharding.hashing import queue_name
+from tests.support.celery_nodes import (
+    BeatContainer,
+    RabbitContainer,
+    ValkeyContainer,
+    WorkerContainer,
+    WorkerNode,
+    group_members,
+)
+from tests.support.rabbitmq import RabbitServer
 from tests.support.waiting import wait_until
 
 RESULT_TIMEOUT = 60.0
 
+BROKERS = ["redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)]
+"""For modules whose tests run on each."""
+
 
 class Site:
-    """A data folder with its Valkey; ``env`` is what every node here gets."""
+    """A data folder with its Valkey; ``env`` is what every node here gets.
 
-    def __init__(self, folder: Path) -> None:
+    *rabbit*: the server whose virtual host is the broker here; None: the Valkey is.
+    """
+
+    def __init__(self, folder: Path, rabbit: RabbitServer | None = None) -> None:
         self.folder = folder
         self.data = folder / "data"
         self.valkey = ValkeyContainer(self.data / "valkey")
+        self.broker = self.valkey if rabbit is None else RabbitContainer(rabbit)
         self.env = {"POOL_DATA_DIR": str(self.data)}
+        if rabbit is not None:
+            self.env |= {"POOL_BROKER_URL": self.broker.url, "POOL_REDIS_URL": self.valkey.url}
         self.hosts_file = folder / "hosts.toml"
 
     def write_hosts(self, text: str) -> None:
@@ -63,12 +84,16 @@ class Site:
             yield client
 
     def forget_everything(self) -> None:
-        """Empty the Valkey; for a test that shares it and whose nodes have ended."""
+        """Empty the Valkey and the queues; for a test that shares them and whose nodes have ended."""
         with self.redis() as client:
             client.flushall()
+        if self.broker is not self.valkey:
+            list(rabbit_queues(self.broker.url, purge=True))
 
     def messages(self) -> int:
-        """Messages that wait in any queue, or were taken and are not acknowledged."""
+        """Messages that wait in any queue, or were taken and are not acknowledged (RabbitMQ: by nodes that ended)."""
+        if self.broker is not self.valkey:
+            return sum(rabbit_queues(self.broker.url))
         with self.redis() as client:
             lists = sum(client.llen(name) for name in client.scan_iter(_type="list"))
             claims = sum(client.hlen(name) for name in client.scan_iter(match="*.claims.*", _type="hash"))
@@ -76,6 +101,19 @@ class Site:
 
     def teardown(self) -> None:
         self.valkey.teardown()
+        if self.broker is not self.valkey:
+            self.broker.teardown()
+
+
+def rabbit_queues(url: str, *, purge: bool = False) -> Iterator[int]:
+    """For each queue that a node here may have made: how many messages it has that nobody has taken."""
+    names = ["celery", *(queue_name(shard) for shard in range(64)), *(f"celery_delayed_{bit}" for bit in range(28))]
+    with Connection(url) as connection:
+        for name in names:
+            with contextlib.suppress(*connection.channel_errors), connection.channel() as channel:
+                yield channel.queue_declare(name, passive=True).message_count
+                if purge:
+                    channel.queue_purge(name)
 
 
 def ssh_hosts(info: SshdInfo, root_dir: str = "builds/{key}") -> str:
@@ -102,7 +140,8 @@ class Producer(CeleryTestSetup):
     @classmethod
     def update_app_config(cls, app: Celery) -> None:
         app.conf.update(task_serializer="json", result_serializer="json", accept_content=["json"])
-        app.conf.broker_transport_options = {"priority_steps": [0]}
+        if is_redis(app.conf.broker_url):
+            app.conf.broker_transport_options = {"priority_steps": [0]}
         install(app, Settings(broker_url=app.conf.broker_url, result_url=app.conf.result_backend, shards=cls.shards))
 
     def send(self, name: str, *args: Any, **options: Any) -> AsyncResult:

@@ -1,11 +1,14 @@
 """Tasks of the tests' own: any app knows them, nodes by ``celery worker -I``."""
 
 import os
+import time
 from typing import Any
 
 from celery import shared_task
+from celery.worker.control import control_command
 
 from pool import PooledTask
+from pool.worker.rabbitmq import without_delay
 
 
 def report(task: PooledTask) -> dict[str, Any]:
@@ -15,7 +18,7 @@ def report(task: PooledTask) -> dict[str, Any]:
             "pid": os.getpid(),
             "node": task.request.hostname,
             "warm": borrowed.warm,
-            "queue": task.request.delivery_info["routing_key"],
+            "queue": without_delay(task.request.delivery_info["routing_key"]),
             "retries": task.request.retries,
         }
 
@@ -40,6 +43,14 @@ def retried(self: PooledTask, key: str) -> dict[str, Any]:
     return report(self)
 
 
+@shared_task(base=PooledTask, bind=True, key="key", name="probe.retried_later")
+def retried_later(self: PooledTask, key: str) -> dict[str, Any]:
+    """Ask for two retries with a delay below a second, then tell."""
+    if self.request.retries < 2:
+        raise self.retry(countdown=0.2)
+    return report(self)
+
+
 @shared_task(base=PooledTask, bind=True, name="probe.by_header")
 def by_header(self: PooledTask) -> dict[str, Any]:
     """No key among its arguments: the producer sends the header."""
@@ -57,3 +68,21 @@ def stats(self: PooledTask, key: str) -> dict[str, Any]:
 def plain(self: Any, value: Any) -> dict[str, Any]:
     """Nothing to do with keys."""
     return {"value": value, "node": self.request.hostname, "queue": self.request.delivery_info["routing_key"]}
+
+
+@control_command()
+def probe_consume(state: Any, add: list[str], cancel: list[str]) -> dict[str, Any]:
+    """Change the queues that a live node consumes, in its event loop as a coordinator does; tell how long it took."""
+    consumer, queues = state.consumer.task_consumer, state.app.amqp.queues
+    start = time.perf_counter()
+    consumer.auto_declare = False  # the worker has declared them all
+    for name in add:
+        consumer.add_queue(queues.select_add(queues[name]))
+    consumer.auto_declare = True
+    if add:
+        consumer.consume()
+    added = time.perf_counter()
+    for name in cancel:
+        queues.deselect(name)
+        consumer.cancel_by_queue(name)
+    return {"add_ms": (added - start) * 1000, "cancel_ms": (time.perf_counter() - added) * 1000}
