@@ -48,8 +48,9 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     not verify it (for tests of your own network only). *password_env*, *passphrase_env*: names of the worker's
     environment variables that hold a password, or the passphrase of the keys. *connect_timeout*: seconds for one
     connect, login included. *keepalive_interval* (seconds) times
-    *keepalive_count* is how long a silent host is believed to be alive. *max_channels*: commands at a time; keep it
-    below the server's MaxSessions minus one (the pulse of ``trust`` takes one session more); what exceeds it waits.
+    *keepalive_count* is how long a silent host is believed to be alive. *max_channels*: sessions for commands and
+    files at a time; keep it below the server's MaxSessions (the pulse of ``trust`` takes one more); what exceeds it
+    waits.
     *max_output*: bytes of each output stream that are kept. *env*: added to the environment of every command.
     """
 

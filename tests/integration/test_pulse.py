@@ -251,12 +251,12 @@ def test_when_trust_ends_so_do_the_commands(rig):
 
 def test_trust_without_limit(rig):
     """A worker that shares its keys with nobody: told as such, and a limit may still come."""
-    limit = [None]
-    backend = trusted(rig, lambda: limit[0])
+    end = []
+    backend = trusted(rig, lambda: end[0] - time.monotonic() if end else None)
     running = Running(backend, "echo $$ > pid; sleep 1000")
     pid = wait_pid(rig.root / "pid")
     assert not is_gone(pid)
-    limit[0] = 0.5
+    end.append(time.monotonic() + 2)
     running.join(ENDS)
     assert isinstance(running.result, BackendUnavailable)
     wait_gone(pid)

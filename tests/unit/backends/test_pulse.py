@@ -164,6 +164,7 @@ def test_a_sleep_that_somebody_kills_does_no_harm(start):
 def test_another_parent_is_let_alone(start, name):
     """Whatever is not an SSH server's: the script names it and ends."""
     process = start(name)
+    process.stdin.close()
     assert process.stdout.read() == f"{_MARK}{name}\nparent lives 0\n"
 
 
