@@ -267,12 +267,14 @@ def test_a_close_leaves_nothing_but_what_was_left_on_purpose(server, rig):
     backend = trusted(rig)
     backend.exec("sleep 1000 >/dev/null 2>&1 & echo $! > left")
     left = wait_pid(rig.root / "left")
-    pulse = pulse_of(server)
-    backend.destroy()
-    wait_gone(*(each.pid for each in pulse))
-    wait_until(lambda: not connections(server), "the connection is gone")
-    assert not is_gone(left)
-    psutil.Process(left).kill()
+    try:
+        pulse = pulse_of(server)
+        backend.destroy()
+        wait_gone(*(each.pid for each in pulse))
+        wait_until(lambda: not connections(server), "the connection is gone")
+        assert not is_gone(left)
+    finally:
+        psutil.Process(left).kill()
 
 
 def test_a_pulse_that_is_killed_ends_its_connection(server, rig):
