@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any, Generic
 
-from pool.backends.base import Backend
+from pool.backends.base import Backend, Trust
 from pool.borrowing import B
 from pool.config import PoolConfig
 from pool.entry import Entry
@@ -17,11 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 class Connector(Generic[B]):
-    """Knows how to make a backend from a config, and no pool. *settings* returns the pool's present ones."""
+    """Knows how to make a backend from a config, and no pool. *settings* returns the pool's present ones.
 
-    def __init__(self, make: Callable[..., B], settings: Callable[[], PoolConfig]) -> None:
+    *trust* is handed to each backend before it connects.
+    """
+
+    def __init__(self, make: Callable[..., B], settings: Callable[[], PoolConfig], trust: Trust | None = None) -> None:
         self._make = make
         self._settings = settings
+        self._trust = trust
         self._watched: set[B] = set()  # backends that look after themselves
 
     async def ready(self, entry: Entry, first_close: tuple[B, ...]) -> B | None:
@@ -58,6 +62,8 @@ class Connector(Generic[B]):
 
     async def _connected(self, entry: Entry) -> B:
         backend = self._make(**entry.config)
+        if self._trust is not None:
+            backend.trust = self._trust
         started, limit = monotonic(), self._settings().connect_timeout
         try:
             async with asyncio.timeout(limit) as clock:

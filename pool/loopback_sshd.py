@@ -1,9 +1,10 @@
 """An SSH server on 127.0.0.1 with real exec and SFTP, for the demo and for tests without OpenSSH.
 
 Commands run as the current user; whoever holds the client key in the server's folder can log in under any
-name. Three differences from OpenSSH: no shell, pty or forwarding; a closed channel is confirmed at once, even
+name. Four differences from OpenSSH: no shell, pty or forwarding; a closed channel is confirmed at once, even
 while its command still runs (its slot stays taken, as there); ``USER`` is the login name, which need not be
-the account.
+the account; all connections live in one process, so none can be ended from within (no pulse, see
+``pool/backends/pulse.py``).
 """
 
 import argparse
@@ -26,6 +27,8 @@ from typing import Any, Self, cast
 
 import asyncssh
 from asyncssh.stream import SSHServerStreamSession
+
+from pool.backends.ssh import LOOPBACK
 
 __all__ = ["LoopbackSshd", "Sshd", "SshdInfo", "serve"]
 
@@ -337,6 +340,7 @@ async def serve(folder: Path, *, home: Path, port: int = 0, max_sessions: int = 
         password_auth=False,
         kbdint_auth=False,
         gss_host=None,
+        server_version=LOOPBACK,
         encoding=None,
         allow_pty=False,
         agent_forwarding=False,

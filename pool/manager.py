@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
+from pool.backends.base import Trust
 from pool.borrowing import B, Borrowed, Borrowing
 from pool.config import PoolConfig
 from pool.connector import Connector
@@ -39,6 +40,10 @@ class BackendPoolManager(Generic[B]):
     *backend_class* (or any function) is called with a key's effective config as keyword arguments:
     *default_config*, overlaid by *config_for* ``(primary, agent)`` if given, overlaid by the ``config`` of the acquire.
 
+    *trust*, called often and from the event loop, returns for how many seconds from now this process may work for its
+    keys; None, and no function at all: without limit. A remote host ends, by itself, what a process that is frozen or
+    cut off has running there when that time is over (``pool/backends/pulse.py``).
+
     One pool belongs to one process. Raises `ConfigError` for settings that break a rule.
     """
 
@@ -55,6 +60,7 @@ class BackendPoolManager(Generic[B]):
         max_lifetime: float | None = None,
         config_for: Callable[[str, str], Mapping[str, Any]] | None = None,
         settings: PoolConfig | None = None,
+        trust: Trust | None = None,
     ) -> None:
         if not callable(backend_class):
             raise ConfigError(f"backend_class={backend_class!r}: must be a class or function that makes a backend")
@@ -69,7 +75,7 @@ class BackendPoolManager(Generic[B]):
         }
         changes = {name: value for name, value in given.items() if value is not None}
         self._life = Lifecycle((settings or PoolConfig()).changed(**changes))
-        self._connector = Connector(backend_class, lambda: self._life.config)
+        self._connector = Connector(backend_class, lambda: self._life.config, trust)
         self._lock = threading.Lock()
         self._fork = fork_count()
         self._periodic_cleanup = enable_periodic_cleanup

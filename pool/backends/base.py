@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+Trust = Callable[[], float | None]
+"""Returns for how many seconds from now this process may work for its keys; None: for as long as it likes."""
+
 CLOSE_TIMEOUT = 5.0
 """Seconds that one tracked resource gets to close."""
 
@@ -52,6 +55,8 @@ class Backend(ABC):
 
     kind: ClassVar[str] = "backend"
     capabilities: Capabilities = Capabilities()
+    trust: Trust | None = None
+    """Set by a pool that has one, before it connects. A kind whose work outlives a frozen process uses it in `open`."""
 
     def __init__(self) -> None:
         self._status = BackendStatus.NEW

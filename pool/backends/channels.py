@@ -34,7 +34,12 @@ class Channels:
     A server that refuses a channel (OpenSSH's MaxSessions, which also counts channels that have just ended) is asked
     again when another channel ends, or after `_REFUSED_PAUSE`. Only a server that refuses although nothing is open
     is an error.
+
+    An *extra* channel lasts as long as the connection, beside the slots, and work can do without it: it is given up
+    (``give_up``) before a server is believed to refuse everything.
     """
+
+    give_up: Callable[[], None] | None = None
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -93,6 +98,9 @@ class Channels:
                         raise
                     if self._opened > self._lasting:
                         deadline = monotonic() + _REFUSED_PATIENCE
+                    elif monotonic() > deadline and self.give_up is not None:
+                        self.give_up()
+                        deadline = monotonic() + _REFUSED_PATIENCE
                     elif monotonic() > deadline:
                         text = f"the server refuses every channel: {error.reason} (MaxSessions?)"
                         raise BackendUnavailable(text, "sessions", 0.0) from error
@@ -106,6 +114,20 @@ class Channels:
         except BaseException:
             self._give_back()
             raise
+
+    async def open_extra(self, opening: Callable[[], Awaitable[T]]) -> T:
+        """Ask once for an extra channel; `extra_closed` ends it. Raises asyncssh's errors."""
+        # Like `start` in a task of its own: what was asked for before this call comes first, if there is one session.
+        result = await asyncio.ensure_future(opening())
+        self._opened += 1
+        self._lasting += 1
+        return result
+
+    def extra_closed(self) -> None:
+        """The extra channel is closed by the server."""
+        self._opened -= 1
+        self._lasting -= 1
+        self._freed.set()
 
     async def start(
         self, connection: asyncssh.SSHClientConnection, session: "CommandSession", line: str, setup: bytes

@@ -32,6 +32,8 @@ class LocalFilesystemBackend(WorkspaceBackend):
     """Commands and files under *root_dir* on the worker's own machine; the folder is made on connect.
 
     *env*: added to the environment of every command. *max_output*: bytes of each stream that are kept.
+
+    It does not use ``trust``: the commands of a worker that is killed end, those of one that is frozen go on.
     """
 
     kind = "local"

@@ -14,6 +14,7 @@ import asyncssh
 from pool.backends.base import BackendStatus, Capabilities
 from pool.backends.channels import Channels, CommandSession
 from pool.backends.output import Capture
+from pool.backends.pulse import Pulse
 from pool.backends.sftp import RemoteFiles
 from pool.backends.shell import ShellCommand, check_env
 from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
@@ -23,10 +24,15 @@ from pool.errors import BackendClosed, BackendUnavailable, ConfigError, PoolErro
 if logging.getLogger("asyncssh").level == logging.NOTSET:
     asyncssh.set_log_level(logging.WARNING)  # at INFO it logs every command, and what is secret in it
 
+logger = logging.getLogger(__name__)
+
 # Makes the root; tells the name of the login shell and the root's symlink-free path behind a mark, so that talk of the
 # login shell does no harm.
 _PREPARE = 'mkdir -p -- "$1" && cd -P -- "$1" && printf "%s%s:%s\\n" "$2" "${SHELL##*/}" "$PWD"'
 _MARK = "pool-root:"
+
+LOOPBACK = "pool-loopback"
+"""The server of the demo and of tests, which is known to have no process for each connection: nothing to warn of."""
 
 _CLOSE_PATIENCE = 2.0
 """Seconds for a connection to close politely."""
@@ -42,8 +48,9 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     not verify it (for tests of your own network only). *password_env*, *passphrase_env*: names of the worker's
     environment variables that hold a password, or the passphrase of the keys. *connect_timeout*: seconds for one
     connect, login included. *keepalive_interval* (seconds) times
-    *keepalive_count* is how long a silent host is believed to be alive. *max_channels*: commands at a time; keep it
-    below the server's MaxSessions minus one (file operations share one channel more); what exceeds it waits.
+    *keepalive_count* is how long a silent host is believed to be alive. *max_channels*: sessions for commands and
+    files at a time; keep it below the server's MaxSessions (the pulse of ``trust`` takes one more); what exceeds it
+    waits.
     *max_output*: bytes of each output stream that are kept. *env*: added to the environment of every command.
     """
 
@@ -94,6 +101,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._files = RemoteFiles(self)
         self._lost_why = "it broke"
         self._login_shell = ""
+        self._pulse: Pulse | None = None
+        self._warned = False
 
     # -- life
 
@@ -114,9 +123,11 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._channels = Channels(self._max_channels)
         self._files = RemoteFiles(self)
         try:
-            self._login_shell, self.root = await self._make_root(connection)
+            root, _ = await asyncio.gather(self._make_root(connection), self._start_pulse(connection))
+            self._login_shell, self.root = root
         except BaseException:
             self._connection = None
+            self._stop_pulse()
             connection.abort()
             raise
 
@@ -183,6 +194,29 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         shell, _, root = output.rpartition(_MARK)[2].rstrip("\n").partition(":")
         return shell, root
 
+    async def _start_pulse(self, connection: asyncssh.SSHClientConnection) -> None:
+        """Have the host end what runs when ``trust`` is over; on a host that cannot, go on without, with a warning."""
+        if self.trust is None or LOOPBACK in str(connection.get_extra_info("server_version")):
+            return
+        self._pulse = pulse = Pulse(self.trust, connection.abort)
+        if why := await pulse.start(connection, self._channels):
+            self._go_without_pulse(why)
+        else:
+            self._channels.give_up = lambda: self._go_without_pulse("it needs one session more (MaxSessions?)")
+
+    def _go_without_pulse(self, why: str) -> None:
+        """Say so, once, and stop it if it was started."""
+        self._channels.give_up = None
+        self._stop_pulse()
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s cannot end the commands of a frozen worker: %s", self.host, why)
+
+    def _stop_pulse(self) -> None:
+        pulse, self._pulse = self._pulse, None
+        if pulse is not None:
+            pulse.stop()
+
     def _lost(self, error: Exception | None) -> None:
         """Note that the connection is gone; called by asyncssh."""
         self._connection = None
@@ -202,6 +236,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        self._stop_pulse()
         connection.close()
         try:
             async with asyncio.timeout(_CLOSE_PATIENCE):
