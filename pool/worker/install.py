@@ -96,14 +96,17 @@ class WarmPool:
         self._pid = 0
         self._pool: BackendPoolManager[Any] | None = None
         self._make_pool: Callable[[], BackendPoolManager[Any]]
+        trust = self.ownership.remaining if settings.leased else None
         if backend_class is not None:
             self.backends_from = getattr(backend_class, "__qualname__", repr(backend_class))
-            self._make_pool = lambda: BackendPoolManager(backend_class, default_config, settings=settings.pool)
+            self._make_pool = lambda: BackendPoolManager(
+                backend_class, default_config, settings=settings.pool, trust=trust
+            )
         else:
             hosts = Hosts.load(settings.hosts_file) if settings.hosts_file else Hosts.local(settings.data_dir)
             self.backends_from = hosts.source
             self._make_pool = lambda: BackendPoolManager(
-                make_backend, default_config, config_for=hosts.config_for, settings=settings.pool
+                make_backend, default_config, config_for=hosts.config_for, settings=settings.pool, trust=trust
             )
         signals.worker_process_init.connect(self._on_process_init, weak=False)
         signals.worker_process_shutdown.connect(self._on_process_shutdown, weak=False)
