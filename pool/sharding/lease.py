@@ -4,9 +4,10 @@ Pure: events and the monotonic time go in, instructions come out (`handoff.py`);
 store (`redis_store.py`) keeps one table for all nodes. Nodes never talk to each other: each works out from the table
 who should own which shard, takes what is free and its own, and hands over what should be somebody else's.
 
-A lease is as good as its owner's membership, which each answered request renews. A node trusts what it was told until
-``request sent + ttl - margin`` on its own clock; the store waits ``ttl`` from a later moment on its clock. So nobody can
-own a shard that somebody else still trusts to own, unless one of the clocks errs by more than ``margin`` within ``ttl``.
+A lease is as good as its owner's membership, which each answered request renews. A node trusts what it was told
+until ``request sent + ttl - margin`` on its own clock; the store waits ``ttl`` from a later moment on its clock. So
+nobody can own a shard that somebody else still trusts to own, unless the clocks err by more than ``margin`` within
+``ttl``.
 """
 
 from collections.abc import Iterable, Mapping

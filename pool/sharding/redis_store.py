@@ -203,13 +203,13 @@ class RedisStore:
     async def beat(self, request: Request) -> Answer:
         """Tell and ask, in one call. Raises what redis-py raises; then it is unknown whether the store has heard."""
         asked = json.dumps(self._wire(request))
-        arguments = [len(self._keys), *self._keys, asked, self._channel]
+        keys, arguments = len(self._keys), [*self._keys, asked, self._channel]
         try:
             if not self._sha:
                 self._sha = await self.client.script_load(SCRIPT)
-            answer = await self.client.evalsha(self._sha, *arguments)
+            answer = await self.client.evalsha(self._sha, keys, *arguments)
         except NoScriptError:  # a server that was restarted
-            answer = await self.client.eval(SCRIPT, *arguments)
+            answer = await self.client.eval(SCRIPT, keys, *arguments)
         return self._read(answer)
 
     def _wire(self, request: Request) -> dict[str, Any]:
