@@ -312,7 +312,7 @@ def test_a_survivor_that_comes_after_a_newcomer_prolongs_the_quarantine(rig):
     assert newcomer.beat().settles_in > TERMS.ttl / 2
 
 
-def test_a_restarted_server_is_quarantined_and_keeps_its_table(rig):
+def test_a_restarted_server_is_quarantined_and_keeps_its_members(rig):
     """Whoever has the data may lack the last writes: another run_id is another birth, but nobody has to join again."""
     a, b = pair(rig)
     a.beat(takes=[3])
@@ -322,8 +322,8 @@ def test_a_restarted_server_is_quarantined_and_keeps_its_table(rig):
     assert answer.verdict == "ok"
     assert answer.born != born
     assert answer.settles_in == TERMS.ttl
-    assert b.leases[3] == Lease(epoch, a.incarnation)
-    assert b.owned() == {}
+    assert set(b.members) == {a.incarnation, b.incarnation}
+    assert b.leases[3] == Lease(epoch, "")
     rig.until(lambda: a.beat() and b.beat(takes=[4]) and b.owned(), "the quarantine ends")
 
 
@@ -351,12 +351,31 @@ def test_the_higher_epoch_wins_when_a_table_was_set_back(rig):
     b.beat()
     new = b.owned()[3]
     rig.fail_over(replica)
+    a.beat(asserts=[(3, old)])
+    assert a.leases[3] == Lease(old, a.incarnation)
     b.beat()
-    assert b.leases[3] == Lease(old, a.incarnation)
     b.beat(asserts=[(3, new)])
     assert b.leases[3] == Lease(new, b.incarnation)
     a.beat(asserts=[(3, old)])
     assert a.leases[3] == Lease(new, b.incarnation)
+
+
+def test_a_table_that_was_set_back_names_no_owner_who_does_not_say_so_himself(rig):
+    """Its owners may have been followed by others: a lease that nobody asserts is free, under a new epoch."""
+    a, b = pair(rig)
+    a.beat(takes=[3, 4])
+    old = a.owned()
+    replica = rig.snapshot()
+    a.beat(releases=[(3, old[3], b.incarnation)])
+    b.beat()
+    b.beat(releases=[(3, b.owned()[3], "")])
+    last = b.leases[3].epoch
+    rig.fail_over(replica)
+    a.beat()
+    a.beat(asserts=[(4, old[4])])
+    assert a.owned() == {4: old[4]}
+    rig.until(lambda: b.beat() and a.beat(takes=[3]) and 3 in a.owned(), "the quarantine ends")
+    assert a.owned()[3] > last
 
 
 def test_asserts_fill_an_empty_table(rig):
