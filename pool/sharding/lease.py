@@ -44,12 +44,8 @@ class Terms:
 
     @property
     def margin(self) -> float:
-        """By how much a node stops trusting before the store would let others take over.
-
-        Also the most that the store's clock may advance between two requests (see `redis_store`), hence not below
-        the heartbeat.
-        """
-        return max(self.heartbeat, self.ttl / 5)
+        """By how much a node stops trusting before the store would let others take over."""
+        return self.ttl / 5
 
 
 class Member(NamedTuple):
@@ -92,6 +88,8 @@ class Request(NamedTuple):
     """``(shard, epoch)`` that it holds, for a table that has forgotten them."""
     buried: tuple[str, ...]
     """Dead incarnations whose messages were put back."""
+    elapsed: float
+    """Seconds since it sent the request before, by its own clock; 0: there was none."""
     sent: float
     """Monotonic seconds of the node; for itself only."""
 
@@ -144,6 +142,7 @@ class LeaseMachine:
         self.next_request = NEVER
         self._mine: dict[int, int] = {}  # shard -> epoch, as the table says
         self._asserting = False
+        self._last_sent = NEVER
         self._buried: set[str] = set()
         self._seen_to: set[str] = set()
         self._asked: frozenset[int] = frozenset()
@@ -159,7 +158,7 @@ class LeaseMachine:
         self._asked = frozenset(takes) | {tenancy.shard for tenancy in releasing}
         self._claimants_asked = self.claimants
         held = [tenancy for tenancy in self.tenancies.values() if tenancy.state != "losing"]
-        return Request(
+        request = Request(
             incarnation=self.incarnation,
             node=self.node,
             state=self._state(),
@@ -170,8 +169,11 @@ class LeaseMachine:
             releases=tuple(Release(t.shard, t.epoch, self._successor(t.shard)) for t in releasing),
             asserts=tuple((t.shard, t.epoch) for t in held) if self._asserting and self.trusts(now) else (),
             buried=tuple(sorted(self._buried)),
+            elapsed=now - self._last_sent if self._last_sent > NEVER else 0.0,
             sent=now,
         )
+        self._last_sent = now
+        return request
 
     def _state(self) -> NodeState:
         if self.leaving and not self.tenancies:

@@ -9,8 +9,10 @@ Keys, all with the hash tag of the namespace, so that they share one slot of a R
     {pool}:changes  zset    shard -> version of its last change: what a node reads back is what it has not seen
     {pool}:dead     hash    incarnation that ended without a farewell -> its node, until its messages were put back
 
-**Lease clock.** Memberships end by a clock of the table's own. It advances with Redis ``TIME`` between two requests, by
-``margin`` at most and never backwards: a jump of the server's clock, or a server that was frozen, ends no lease early.
+**Lease clock.** Memberships end by a clock of the table's own. From one request to the next it advances as much as Redis
+``TIME`` does, but never backwards, never by more than the asking member's own clock has since it asked before (a node
+that is no member yet: by ``margin``), and never by more than half a TTL. So it is never faster than the slower of two
+independent clocks: a jump of the server's clock, or a server that was frozen, ends no lease early.
 
 **Epochs** only grow: each is above the last one the table knows, above every one the asking node knows, and at least
 ``TIME`` in microseconds. So none is used again after the table was lost, unless the clock went back as well and no node
@@ -51,7 +53,13 @@ local run_id = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or 
 local born = redis.call('HGET', meta, 'born')
 local clock = number('clock')
 if born then
-  clock = clock + math.max(0, math.min(real - number('real'), req.margin))
+  local step = math.max(0, math.min(real - number('real'), req.ttl / 2))
+  local ends = redis.call('ZSCORE', alive, me)
+  if ends then
+    clock = math.max(clock, math.min(clock + step, tonumber(ends) - req.ttl + req.elapsed))
+  else
+    clock = clock + math.min(step, req.margin)
+  end
 end
 if not born or redis.call('HGET', meta, 'run_id') ~= run_id then
   local wait = req.ttl
@@ -250,6 +258,7 @@ class RedisStore:
             "settle": _milliseconds(1.2 * terms.heartbeat),
             "born": request.born,
             "seen": request.seen,
+            "elapsed": _milliseconds(request.elapsed),
             "floor": str(request.floor),
             "takes": request.takes,
             "releases": [[release.shard, str(release.epoch), release.successor] for release in request.releases],

@@ -32,7 +32,9 @@ PULSE = 1.0
 class Node:
     """A name, a clock, and at most one process at a time. Stopped, nothing in it happens, and everything happens late."""
 
-    def __init__(self, world: World, name: str, services: tuple[Store, Broker, Hosts], shards: int, terms: Terms) -> None:
+    def __init__(
+        self, world: World, name: str, services: tuple[Store, Broker, Hosts], shards: int, terms: Terms
+    ) -> None:
         self.world = world
         self.name = name
         self.services = services
@@ -173,7 +175,11 @@ class Process:
         self._again = False
         self._asked = request = self.machine.request(self.node.clock())
         self.store.call(
-            self.node.name, self.local(lambda answer: self._answered(request, answer)), self.store.beat, self.client, request
+            self.node.name,
+            self.local(lambda answer: self._answered(request, answer)),
+            self.store.beat,
+            self.client,
+            request,
         )
         self._arm()
 
