@@ -9,19 +9,19 @@ Keys, all with the hash tag of the namespace, so that they share one slot of a R
     {pool}:changes  zset    shard -> version of its last change: what a node reads back is what it has not seen
     {pool}:dead     hash    incarnation that ended without a farewell -> its node, until its messages were put back
 
-**Lease clock.** Memberships end by a clock of the table's own. From one request to the next it advances as much as Redis
-``TIME`` does, but never backwards, never by more than the asking member's own clock has since it asked before (a node
-that is no member yet: by ``margin``), and never by more than half a TTL. So it is never faster than the slower of two
-independent clocks: a jump of the server's clock, or a server that was frozen, ends no lease early.
+**Lease clock.** Memberships end by a clock of the table's own. From one request to the next it advances as much as
+Redis ``TIME`` does, but never backwards, never by more than the asking member's own clock has since it asked before (a
+node that is no member yet: by ``margin``), and never by more than half a TTL. So it is never faster than the slower of
+two independent clocks: a jump of the server's clock, or a server that was frozen, ends no lease early.
 
 **Epochs** only grow: each is above the last one the table knows, above every one the asking node knows, and at least
 ``TIME`` in microseconds. So none is used again after the table was lost, unless the clock went back as well and no node
 that remembers survived.
 
-**A table that was lost or set back** (flushed, restarted or failed over to a replica that lags: the server's ``run_id``
-is another one) is *born* again: it names no owners, for one TTL nothing is taken from it, and the nodes that still trust
-their leases assert them; the higher epoch wins. An empty table that no node claims to have known (a first start) is quarantined for
-a little more than a heartbeat only, so that survivors can speak up.
+**A table that was lost or set back** (flushed, restarted or failed over to a replica that lags: the server's
+``run_id`` is another one) is *born* again: it names no owners, for one TTL nothing is taken from it, and the nodes that
+still trust their leases assert them; the higher epoch wins. An empty table that no node claims to have known (a first
+start) is quarantined for a little more than a heartbeat only, so that survivors can speak up.
 """
 
 import contextlib
