@@ -36,6 +36,7 @@ def test_a_node_with_a_running_build_outlives_an_outage_of_the_broker(
     )
     producer.broker.restart()
     assert "Unrecoverable error" not in node.logs()
+    assert producer.built(f"{key}-other")["output"] == ""  # the node consumes again, while the build still runs
     gate.open()
     assert result.get(timeout=RESULT_TIMEOUT)["output"] == "built\n"
     assert producer.built(key)["warm"]
