@@ -63,7 +63,7 @@ class ShardQoS(redis.QoS):
             super().reject(delivery_tag, requeue=requeue)
             return
         if requeue:
-            self.channel.claims.requeue([delivery_tag], to_front=True)
+            self.channel.claims.requeue([delivery_tag])
         else:
             self.channel.claims.done(delivery_tag)
         self._forget(delivery_tag)
@@ -78,7 +78,7 @@ class ShardQoS(redis.QoS):
         for tag in claimed:
             del self._delivered[tag]
         if claimed:
-            self.channel.claims.requeue(claimed.difference(self.channel.claims.running()), to_front=True)
+            self.channel.claims.requeue(claimed.difference(self.channel.claims.running()))
         if self._delivered:
             super().restore_unacked(client)
 
@@ -190,7 +190,7 @@ class ShardChannel(redis.Channel):
     def give_back(self, tags: Collection[str]) -> None:
         """Put messages that have not been worked on into their queues again, in order."""
         assert self.claims is not None
-        self.claims.requeue(tags, to_front=True)
+        self.claims.requeue(tags)
         for tag in tags:
             self.qos._forget(tag)
 
@@ -270,7 +270,7 @@ class ShardChannel(redis.Channel):
 
     def close(self) -> None:
         if not self.closed and self._undelivered:
-            self.claims.requeue([claim.id for claim in self._undelivered], to_front=True)  # type: ignore[union-attr]
+            self.claims.requeue([claim.id for claim in self._undelivered])  # type: ignore[union-attr]
             self._undelivered.clear()
         super().close()
 

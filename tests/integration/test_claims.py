@@ -307,14 +307,14 @@ def test_a_closed_channel_gives_back_in_order(connect: Any, server: redis.Redis,
     assert first["properties"]["delivery_info"]["redelivered"] is True
 
 
-def test_a_rejected_message_goes_to_the_end(connect: Any, server: redis.Redis, broker: Any, claimant: str) -> None:
-    """As in kombu: with requeue behind everything else, without it is gone."""
+def test_a_rejected_message_goes_to_the_front(connect: Any, server: redis.Redis, broker: Any, claimant: str) -> None:
+    """As on RabbitMQ: with requeue it is the next one out, so that order is kept; without it is gone."""
     receiver = Receiver(connect(), "a", prefetch=2)
     send(broker.url, "a", *"123")
     receiver.receive(2)
     receiver.messages[0].reject(requeue=True)
     receiver.messages[1].reject()
-    assert waiting(server, "a") == ["3", "1"]
+    assert waiting(server, "a") == ["1", "3"]
     assert held(server, claimant) == 0
 
 
