@@ -61,7 +61,7 @@ end
 return {taken, more}
 """
 
-# ARGV: claimant, the state it must be in (or any), the push, then id and payload of each message, in order of pushing.
+# ARGV: claimant, the state it must be in (or any), then id and payload of each message, in order of pushing.
 _MOVE = """
 if ARGV[2] ~= 'any' and redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 local moved = 0
@@ -160,10 +160,9 @@ class Claims:
         return bool(client.hdel(self._keys[1], id))
 
     def give_back(self, client: Any, messages: Iterable[tuple[str, bytes]]) -> int:
-        """Put messages (id, payload) that are still held into their queues again, marked as redelivered.
+        """Put messages (id, payload) that are still held at the front of their queues again, marked as redelivered.
 
-        At the front the oldest is the next one out; at the back (*to_front* false) they keep their order behind
-        everything else. Returns how many were moved.
+        The oldest is the next one out. Returns how many were moved.
         """
         return _move(client, self._keys, self.claimant, messages)
 
@@ -205,7 +204,7 @@ class Claims:
         self.delivered.pop(tag, None)  # after it is known as settled: `catch_up` reads them in the other order
 
     def requeue(self, tags: Iterable[str]) -> None:
-        """Give back what of it is in hand; now, or (to the front) when Redis can be reached again."""
+        """Give back what of it is in hand; now, or when Redis can be reached again."""
         held = [claim for tag in tags if (claim := self.delivered.get(tag))]
         if not held:
             return
@@ -304,7 +303,7 @@ def _move(
     *,
     state: str = "any",
 ) -> int:
-    # Consumers take from the right: there the oldest is pushed last, at the left the newest.
+    # Consumers take from the right, so the oldest is pushed last.
     ordered = sorted(messages, key=lambda message: int(message[0]), reverse=True)
     pushes = [part for name, payload in ordered for part in (name, redelivered(payload))]
     return int(_call(client, _MOVE, keys, [claimant, state, *pushes]))
