@@ -27,6 +27,7 @@ start) is quarantined for a little more than a heartbeat only, so that survivors
 import contextlib
 import json
 import math
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -208,8 +209,7 @@ class RedisStore:
         self.namespace = namespace
         self.shards = shards
         self.terms = terms
-        names = ("meta", "alive", "members", "leases", "changes", "dead")
-        self._keys = [f"{{{namespace}}}:{name}" for name in names]
+        self._keys = keys_of(namespace, "meta", "alive", "members", "leases", "changes", "dead")
         self._channel = f"{{{namespace}}}:handed:"
         self._sha = ""
 
@@ -279,6 +279,20 @@ class RedisStore:
             triples = zip(changed[::3], changed[1::3], changed[2::3], strict=True)
             leases = {int(shard): Lease(int(epoch), owner) for shard, epoch, owner in triples}
         return Answer("ok", "", born, int(version), int(quarantine) / 1000, members, leases, tuple(sorted(dead)))
+
+
+def keys_of(namespace: str, *names: str) -> list[str]:
+    """Return the store's keys of these names."""
+    return [f"{{{namespace}}}:{name}" for name in names]
+
+
+def plain_url(url: str) -> str:
+    """Return kombu's URL of a Redis as redis-py spells it. Raises `ConfigError` for one that it cannot use."""
+    url = re.sub(r"^redis\+socket://", "unix://", re.sub(r"^valkey", "redis", url))
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        scheme = url.partition("://")[0]
+        raise ConfigError(f"POOL_REDIS_URL: leases need a redis:// or rediss:// URL, not {scheme}://")
+    return url
 
 
 def _milliseconds(seconds: float) -> int:

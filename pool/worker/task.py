@@ -122,6 +122,12 @@ class PooledTask(Task):
         extension = self._extension
         if not extension.ownership.owns_key(key):
             raise NotOwner(f"key {key!r} belongs to {extension.queue_for(key)}, which this node does not own")
+        came_by = extension.router.shard_in(self.request.delivery_info)
+        if came_by not in (None, shard_of(key, extension.settings.shards)):
+            raise NotOwner(
+                f"key {key!r} belongs to {extension.queue_for(key)}, but came by shard {came_by}: does its producer"
+                f" count other than {extension.settings.shards} shards?"
+            )
 
     @property
     def backend(self) -> Any:
