@@ -19,9 +19,10 @@ two independent clocks: a jump of the server's clock, or a server that was froze
 that remembers survived.
 
 **A table that was lost or set back** (flushed, restarted or failed over to a replica that lags: the server's
-``run_id`` is another one) is *born* again: it names no owners, for one TTL nothing is taken from it, and the nodes that
-still trust their leases assert them; the higher epoch wins. An empty table that no node claims to have known (a first
-start) is quarantined for a little more than a heartbeat only, so that survivors can speak up.
+``run_id`` is another one) is *born* again: for one TTL nothing is taken from it, and the nodes that still trust their
+leases assert them; the higher epoch wins. What it gives to a node that does not hold it, that node releases: there may
+have been later owners. An empty table that no node claims to have known (a first start) is quarantined for a little
+more than a heartbeat only, so that survivors can speak up.
 """
 
 import contextlib
@@ -64,13 +65,7 @@ if born then
 end
 if not born or redis.call('HGET', meta, 'run_id') ~= run_id then
   local wait = req.ttl
-  if born then
-    -- It may name an owner before the last one: only who says that it holds a lease has it.
-    local stale = redis.call('HGETALL', leases)
-    for i = 1, #stale, 2 do
-      redis.call('HSET', leases, stale[i], string.match(stale[i + 1], '^%d+') .. ' ')
-    end
-  else
+  if not born then
     -- Without its clock and version the rest means nothing. The dead stay: their messages are still to be put back.
     redis.call('DEL', alive, members, leases, changes)
     if req.born == '' then wait = req.settle end

@@ -178,10 +178,9 @@ class Faults:
                 node.boot()
             else:
                 self._boot_when_gone(node)
-        if len(self.nodes) > 1 and self.world.rng.random() < 0.4:
-            node = self.world.rng.choice(self.nodes)
-            if node.process and not node.process.machine.leaving:
-                self._order(node, "drain")
+        staying = [node for node in self.nodes if node.process and not node.process.machine.leaving]
+        if len(staying) > 1 and self.world.rng.random() < 0.4:
+            self._order(self.world.rng.choice(staying), "drain")
 
     def _boot_when_gone(self, node: Node) -> None:
         if node.process is None:

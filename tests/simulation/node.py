@@ -301,8 +301,8 @@ class Process:
 
     def _is_true(self, tenancy: Tenancy, event: Event) -> bool:
         shard = tenancy.shard
-        if self._flying and shard in self._flying.takes:
-            return False
+        if not self.machine.fenced and (self._news or (self._flying and shard in self._flying.takes)):
+            return False  # something may still be taken by a call that was given up
         if event == "stopped":
             return all(m.shard != shard or seq in self.running or seq in self.settling for seq, m in self.held.items())
         if tenancy in self.runs.values():
@@ -385,7 +385,7 @@ class Process:
     def _start_what_may(self) -> None:
         """Start what is the first of its key; what may not run here goes back."""
         now = self.node.clock()
-        keys = {self.held[seq].key for seq in self.running}
+        keys = {self.held[seq].key for seq in self.running if seq in self.held}  # not if it is fenced
         leaving = {self.held[seq].key for seq in self.returning}
         for seq in sorted(self.held.keys() - self.running - self.settling - self.returning):
             message = self.held[seq]

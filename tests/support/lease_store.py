@@ -136,7 +136,6 @@ class _Run:
                 table.clock += min(step, store.margin)
         if not table.born or table.run_id != self.server.run_id:
             wait = store.ttl
-            table.leases = {shard: Lease(lease.epoch, "") for shard, lease in table.leases.items()}
             if not table.born:
                 for lost in (table.alive, table.members, table.leases, table.changes):
                     lost.clear()
