@@ -20,7 +20,13 @@ class Faults:
     """The plan of one seed. It stops at *until*; what a fault has broken is mended then at the latest."""
 
     def __init__(
-        self, world: World, services: tuple[Store, Broker, Hosts], nodes: list[Node], weather: Weather, kinds: set[str], until: float
+        self,
+        world: World,
+        services: tuple[Store, Broker, Hosts],
+        nodes: list[Node],
+        weather: Weather,
+        kinds: set[str],
+        until: float,
     ) -> None:
         self.world = world
         self.store, self.broker, self.hosts = services
@@ -53,7 +59,7 @@ class Faults:
         if "busy_hub" in self.kinds:
             for node in self.nodes:
                 node.hub = rng.choice((0.01, 0.3, 1.0))
-        most = 0.12 if "wild_drift" in self.kinds else 0.02 if "drift" in self.kinds else 0.0
+        most = 0.2 if "wild_drift" in self.kinds else 0.02 if "drift" in self.kinds else 0.0
         for node in self.nodes:
             node.rate = 1 + rng.choice((-most, most, rng.uniform(-most, most)))
         self.store.rate = 1 + rng.choice((-most, most, rng.uniform(-most, most)))
@@ -77,7 +83,11 @@ class Faults:
 
     def _cut(self, service, rng: Random) -> None:
         name = rng.choice(self.nodes).name
-        self._for(rng.choice((0.8, 4.5, rng.uniform(0.1, 12))), lambda: service.cut.add(name), lambda: service.cut.discard(name))
+        self._for(
+            rng.choice((0.8, 4.5, rng.uniform(0.1, 12))),
+            lambda: service.cut.add(name),
+            lambda: service.cut.discard(name),
+        )
 
     def cut_store(self, rng: Random) -> None:
         self._cut(self.store, rng)
