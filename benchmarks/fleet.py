@@ -1,11 +1,12 @@
 """Nodes that share out the shards by leases, steady work for every shard, and the ledger of what became of it."""
 
+import itertools
 import os
 import random
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -75,6 +76,7 @@ class Fleet:
             "POOL_RESULT_URL": url,
             "POOL_DATA_DIR": str(folder / "data"),
             "BENCH_LEDGER": str(folder / "ledger"),
+            "BENCH_HURRY": str(folder / "hurry"),
             **env,
         }
         os.environ.update(self.env)  # every table has a process of its own
@@ -86,6 +88,7 @@ class Fleet:
         self.sent: dict[int, str] = {}
         """The key of each task that was sent, by its number."""
         self._stack = stack
+        self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._redis = redis.Redis.from_url(self.env["POOL_REDIS_URL"], decode_responses=True)
 
@@ -133,17 +136,19 @@ class Fleet:
 
     # -- work
 
-    def send(self, key: str, command: str = "") -> int:
+    def send(self, key: str, command: str = "", pause: float = 0.0) -> int:
         """Enqueue a task; return its number."""
         with self._lock:
-            number = len(self.sent)
+            number = next(self._numbers)
             self.sent[number] = key
-        self.step.apply_async((key, number, command))
+        self.step.apply_async((key, number, command, pause))
         return number
 
     @contextmanager
-    def load(self, keys: Collection[str], every: float) -> Iterator[None]:
-        """Send a task for each key *every* so many seconds, spread out evenly."""
+    def load(
+        self, keys: Collection[str], every: float, commands: Mapping[str, str] | None = None
+    ) -> Iterator[None]:
+        """Send a task for each key *every* so many seconds, spread out evenly; *commands*: of those that run one."""
         ended = threading.Event()
 
         def send() -> None:
@@ -152,7 +157,7 @@ class Fleet:
             random.Random(7).shuffle(order)
             while not ended.is_set():
                 for key in order:
-                    self.send(key)
+                    self.send(key, (commands or {}).get(key, ""))
                     due += every / len(order)
                     if ended.wait(max(0.0, due - time.monotonic())):
                         return
@@ -170,9 +175,17 @@ class Fleet:
         return next(iter(self.nodes.values())).until(done, what, timeout)
 
     def drain(self) -> None:
-        """Wait until every task that was sent has ended, for DRAIN_TIMEOUT at most."""
+        """Wait until every task that was sent has ended, without pauses, for DRAIN_TIMEOUT at most."""
+        hurry = Path(self.env["BENCH_HURRY"])
+        hurry.touch()
         with suppress(RuntimeError):
             self.until(lambda: not self.lost(), "all is done")
+        hurry.unlink()
+
+    def forget(self) -> None:
+        """Throw away what is queued; no node runs."""
+        self._redis.flushall()
+        self.sent = {number: key for number, key in self.sent.items() if number not in self.lost()}
 
     def lost(self) -> set[int]:
         """Tasks that were sent and have neither ended nor failed (yet)."""

@@ -1,6 +1,7 @@
 """The project's own app, plus a task that keeps a ledger: what started and ended where, and when.
 
 BENCH_LEDGER: the file. A line is written in one piece by whoever runs the task, so that it outlives a killed worker.
+BENCH_HURRY: a file; while it is there, no task pauses.
 """
 
 import os
@@ -22,12 +23,14 @@ def _note(what: str, task: Any, number: int, key: str) -> None:
 
 
 @app.task(base=PooledTask, bind=True, key="key", name="bench.step", ignore_result=True)
-def step(self: PooledTask, key: str, number: int, command: str = "") -> None:
-    """Borrow the key's backend; run *command* on it if there is one."""
+def step(self: PooledTask, key: str, number: int, command: str = "", pause: float = 0.0) -> None:
+    """Borrow the key's backend, run *command* on it if there is one, hold it for *pause* seconds more."""
     with self.backend() as backend:
         _note("start", self, number, key)
         if command:
             backend.exec(command)
+        if pause and not os.path.exists(os.environ["BENCH_HURRY"]):  # noqa: PTH110
+            time.sleep(pause)
         _note("end", self, number, key)
 
 
