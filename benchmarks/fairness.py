@@ -20,7 +20,7 @@ _rounds = count()
 
 def measure(*, quick: bool) -> Report:
     probes, rounds = (40, 2) if quick else (300, 6)
-    report = Report("fairness", f"one node, 32 threads; one user with {QUEUED:,} builds of 1 s queued, others meanwhile")
+    report = Report("fairness", f"one node, 32 threads; one user with {QUEUED:,} builds of 1 s queued")
     with fleet() as site:
         waits = {"nobody else": _waits(site, probes, flood=False)}
         waits |= {name: _waits(site, probes, **env) for name, env in LIMITS.items()}

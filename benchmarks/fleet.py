@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import redis
 
@@ -145,9 +145,7 @@ class Fleet:
         return number
 
     @contextmanager
-    def load(
-        self, keys: Collection[str], every: float, commands: Mapping[str, str] | None = None
-    ) -> Iterator[None]:
+    def load(self, keys: Collection[str], every: float, commands: Mapping[str, str] | None = None) -> Iterator[None]:
         """Send a task for each key *every* so many seconds, spread out evenly; *commands*: of those that run one."""
         ended = threading.Event()
 

@@ -29,7 +29,7 @@ def step(self: PooledTask, key: str, number: int, command: str = "", pause: floa
         _note("start", self, number, key)
         if command:
             backend.exec(command)
-        if pause and not os.path.exists(os.environ["BENCH_HURRY"]):  # noqa: PTH110
+        if pause and not os.path.exists(os.environ["BENCH_HURRY"]):
             time.sleep(pause)
         _note("end", self, number, key)
 

@@ -169,9 +169,7 @@ def ssh_hosts(folder: Path, info: Any) -> Path:
 class Worker:
     """A ``celery worker`` process, ready when the context is entered, ended by its pid at the end."""
 
-    def __init__(
-        self, app: str, name: str, env: Mapping[str, str], *options: str, log: Path | None = None
-    ) -> None:
+    def __init__(self, app: str, name: str, env: Mapping[str, str], *options: str, log: Path | None = None) -> None:
         self._log_file = log
         command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", f"{name}@bench", "-l", "WARNING"]
         self._command = [*command, "--without-gossip", "--without-mingle", "--without-heartbeat", *options]

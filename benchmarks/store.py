@@ -38,8 +38,10 @@ def measure(*, quick: bool) -> Report:
         report.raw[f"ms, {shards} shards"] = told
         for what, values in told.items():
             report.add(f"{shards:,} shards: {what}", p50(values), "ms", remark=spread(values))
-    report.notes.append("The leases have a Redis of their own here, so that nothing else is counted. A call's time is the"
-                        " client's: asyncio, loopback, one call at a time.")  # fmt: skip
+    report.notes.append(
+        "The leases have a Redis of their own here, so that nothing else is counted. A beat's time is the client's:"
+        " asyncio, loopback, one at a time."
+    )
     return report
 
 

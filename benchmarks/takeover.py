@@ -48,10 +48,12 @@ def measure(*, quick: bool) -> Report:
     report.add("... p99", percentile(again, 0.99), "s", 7.0)
     report.add("tasks lost", lost, "tasks", 0.0, remark=f"of {sent:,}")
     report.add("tasks failed", failed, "tasks", 0.0)
-    report.add("tasks that were cut off and ran again", interrupted, "tasks", remark=f"{kills * BUILDS} builds among them")
+    report.add(
+        "tasks that were cut off and ran again", interrupted, "tasks", remark=f"{kills * BUILDS} builds among them"
+    )
     report.add("tasks that ended twice: the node died between end and acknowledgement", ended_twice, "tasks")
     report.notes.append(
-        f"Steady load: a task for each shard every {EVERY:g} s, so up to that much of a shard's time is waiting for work."
+        f"Steady load: a task for each shard every {EVERY:g} s, so some of a shard's time is waiting for work."
     )
     return report
 
