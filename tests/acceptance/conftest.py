@@ -4,7 +4,10 @@ A module says what runs in it by overriding `hosts` and `start_nodes`. Those who
 override nothing and ask for `start`.
 """
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -19,6 +22,10 @@ from pytest_celery import (
 
 from pool.loopback_sshd import LoopbackSshd
 from tests.support.celery_nodes import WorkerNode, live
+from tests.support.cluster import Cluster
+from tests.support.ledger import Ledger
+from tests.support.openssh import OpenSshd, sshd_binary
+from tests.support.services import require_service
 from tests.support.site import Gate, Producer, Site
 
 
@@ -52,6 +59,35 @@ def sshd(site: Site) -> Iterator[LoopbackSshd]:
     """A build host."""
     with LoopbackSshd(site.folder / "sshd", home=site.folder / "home", max_sessions=64) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def openssh(site: Site) -> Iterator[OpenSshd]:
+    """A build host with a process for each connection."""
+    require_service("sshd", sshd_binary())
+    with OpenSshd(site.folder / "openssh", max_sessions=64, max_startups="1000:1:1000") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def host_folder(openssh: OpenSshd) -> Iterator[Path]:
+    """A folder at the build host that its account may write to."""
+    folder = Path(tempfile.mkdtemp(prefix="ledger-", dir=openssh.info.home))
+    folder.chmod(0o777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def ledger(host_folder: Path) -> Ledger:
+    """Where builds are written down."""
+    return Ledger(Path(tempfile.mkdtemp(dir=host_folder)) / "ledger")
+
+
+@pytest.fixture
+def cluster(site: Site, start: Callable[..., WorkerNode], ledger: Ledger) -> Cluster:
+    """Nodes that share the shards out."""
+    return Cluster(site, start, ledger)
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,10 @@ def several(arguments: argparse.Namespace) -> int:
             if problems and sum(failed.values()) < 40:
                 print(f"seed {seed} ({' '.join(kinds)})", *(f"{n}: {p[0]}" for n, p in problems.items()), sep="\n    ")
     took = time.monotonic() - started
-    print(f"{len(jobs)} seeds in {took:.1f} s, {1000 * took / len(jobs):.1f} ms each; problems: {dict(failed) or 'none'}; ", end="")
+    print(
+        f"{len(jobs)} seeds in {took:.1f} s, {1000 * took / len(jobs):.1f} ms each; problems: {dict(failed) or 'none'}; ",
+        end="",
+    )
     print(f"a key executed twice at once in {overlapping} seeds, for {longest:.2f} s at most")
     return bool(failed)
 

@@ -20,7 +20,13 @@ class Faults:
     """The plan of one seed. It stops at *until*; what a fault has broken is mended then at the latest."""
 
     def __init__(
-        self, world: World, services: tuple[Store, Broker, Hosts], nodes: list[Node], weather: Weather, kinds: set[str], until: float
+        self,
+        world: World,
+        services: tuple[Store, Broker, Hosts],
+        nodes: list[Node],
+        weather: Weather,
+        kinds: set[str],
+        until: float,
     ) -> None:
         self.world = world
         self.store, self.broker, self.hosts = services
@@ -77,7 +83,11 @@ class Faults:
 
     def _cut(self, service, rng: Random) -> None:
         name = rng.choice(self.nodes).name
-        self._for(rng.choice((0.8, 4.5, rng.uniform(0.1, 12))), lambda: service.cut.add(name), lambda: service.cut.discard(name))
+        self._for(
+            rng.choice((0.8, 4.5, rng.uniform(0.1, 12))),
+            lambda: service.cut.add(name),
+            lambda: service.cut.discard(name),
+        )
 
     def cut_store(self, rng: Random) -> None:
         self._cut(self.store, rng)
@@ -168,10 +178,9 @@ class Faults:
                 node.boot()
             else:
                 self._boot_when_gone(node)
-        if len(self.nodes) > 1 and self.world.rng.random() < 0.4:
-            node = self.world.rng.choice(self.nodes)
-            if node.process and not node.process.machine.leaving:
-                self._order(node, "drain")
+        staying = [node for node in self.nodes if node.process and not node.process.machine.leaving]
+        if len(staying) > 1 and self.world.rng.random() < 0.4:
+            self._order(self.world.rng.choice(staying), "drain")
 
     def _boot_when_gone(self, node: Node) -> None:
         if node.process is None:

@@ -32,7 +32,9 @@ PULSE = 1.0
 class Node:
     """A name, a clock, and at most one process at a time. Stopped, nothing in it happens, and everything happens late."""
 
-    def __init__(self, world: World, name: str, services: tuple[Store, Broker, Hosts], shards: int, terms: Terms) -> None:
+    def __init__(
+        self, world: World, name: str, services: tuple[Store, Broker, Hosts], shards: int, terms: Terms
+    ) -> None:
         self.world = world
         self.name = name
         self.services = services
@@ -173,7 +175,11 @@ class Process:
         self._again = False
         self._asked = request = self.machine.request(self.node.clock())
         self.store.call(
-            self.node.name, self.local(lambda answer: self._answered(request, answer)), self.store.beat, self.client, request
+            self.node.name,
+            self.local(lambda answer: self._answered(request, answer)),
+            self.store.beat,
+            self.client,
+            request,
         )
         self._arm()
 
@@ -295,8 +301,8 @@ class Process:
 
     def _is_true(self, tenancy: Tenancy, event: Event) -> bool:
         shard = tenancy.shard
-        if self._flying and shard in self._flying.takes:
-            return False
+        if not self.machine.fenced and (self._news or (self._flying and shard in self._flying.takes)):
+            return False  # something may still be taken by a call that was given up
         if event == "stopped":
             return all(m.shard != shard or seq in self.running or seq in self.settling for seq, m in self.held.items())
         if tenancy in self.runs.values():
@@ -379,7 +385,7 @@ class Process:
     def _start_what_may(self) -> None:
         """Start what is the first of its key; what may not run here goes back."""
         now = self.node.clock()
-        keys = {self.held[seq].key for seq in self.running}
+        keys = {self.held[seq].key for seq in self.running if seq in self.held}  # not if it is fenced
         leaving = {self.held[seq].key for seq in self.returning}
         for seq in sorted(self.held.keys() - self.running - self.settling - self.returning):
             message = self.held[seq]

@@ -5,12 +5,14 @@ little of its container: ``ready() celeryconfig logs() kill() restart() reload()
 process of this machine, or the embedded Valkey, is given that shape, so the plugin's own node and cluster classes run on it.
 """
 
+import contextlib
+import json
 import os
 import signal as signals
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +246,16 @@ class ValkeyContainer(Container):
     def kill(self, signal: str | int = "SIGTERM") -> None:
         """Stop it, whatever the signal: a server whose process is not ours is ended through its data folder only."""
         embedded.stop(self.folder)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Hold the server still, as a machine that hangs does."""
+        pid = json.loads((self.folder / "server.json").read_text())["pid"]
+        os.kill(pid, signals.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signals.SIGCONT)
 
     def restart(self, timeout: float = STOP_TIMEOUT) -> None:
         """Stop and start; the URL stays."""

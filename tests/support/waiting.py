@@ -5,12 +5,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], what: str, timeout: float = 10.0) -> T:
+def wait_until(
+    condition: Callable[[], T], what: str | Callable[[], str], timeout: float = 10.0, *, every: float = 0.01
+) -> T:
     """Call *condition* until it returns something true, and return that; fail, naming *what*, after *timeout* seconds."""
     deadline = time.monotonic() + timeout
     while True:
         if result := condition():
             return result
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout} s: {what}")
-        time.sleep(0.01)
+            raise AssertionError(f"not within {timeout} s: {what if isinstance(what, str) else what()}")
+        time.sleep(every)

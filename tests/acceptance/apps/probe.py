@@ -8,7 +8,9 @@ from celery import shared_task
 from celery.worker.control import control_command
 
 from pool import PooledTask
+from pool.sharding.hashing import shard_of
 from pool.worker.rabbitmq import without_delay
+from tests.support import ledger
 
 
 def report(task: PooledTask) -> dict[str, Any]:
@@ -62,6 +64,16 @@ def stats(self: PooledTask, key: str) -> dict[str, Any]:
     """Tell what the pool of the key's process holds."""
     found = self.pool.get_stats()
     return {"pid": os.getpid(), "keys": sorted(found.backends_by_key), "evicted_idle": found.evicted_idle}
+
+
+@shared_task(base=PooledTask, bind=True, key="key", name="probe.ledger_build")
+def ledger_build(self: PooledTask, key: str, seconds: float) -> None:
+    """A build that takes so long, and is written down at the build host (folder: ``TEST_LEDGER``)."""
+    pool = self.app.warm_pool
+    epoch = pool.ownership.epoch(shard_of(key, pool.settings.shards))
+    told = (os.environ["TEST_LEDGER"], key, epoch, self.request.id, self.request.hostname, os.getpid(), seconds)
+    with self.backend() as backend:
+        backend.exec(ledger.COMMAND, env=ledger.environment(*told))
 
 
 @shared_task(bind=True, name="probe.plain")

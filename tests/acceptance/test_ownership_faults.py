@@ -1,0 +1,60 @@
+"""A shard has one owner, whatever happens to the nodes: told by the ledger that the build host keeps."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.cluster import QUICK, Cluster, build_hosts
+from tests.support.openssh import OpenSshd
+from tests.support.site import BROKERS
+
+pytestmark = pytest.mark.openssh
+
+
+@pytest.fixture(scope="module", params=BROKERS)
+def broker(request: pytest.FixtureRequest) -> str:
+    """Everything here holds on both brokers."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def hosts(openssh: OpenSshd, host_folder: Path) -> str:
+    return build_hosts(openssh, str(host_folder))
+
+
+def test_kill_9_of_a_node_loses_nothing_and_its_keys_go_to_one_other(cluster: Cluster) -> None:
+    """Its builds run again elsewhere; started again under its own name, it takes part again."""
+    cluster.env |= QUICK
+    one, two, three = cluster.start("one", "two", "three")
+    with cluster.load() as load:
+        cluster.wait_working(one, two, three)
+        cluster.wait_busy(one)
+        one.kill("SIGKILL")
+        one.wait()
+        cluster.wait_working(two, three)
+        one.container.restart()
+        cluster.wait_working(one, two, three)
+        account = cluster.settled(load)
+    assert not account.wrong
+    assert account.duplicates.keys() <= {
+        build.task for build in cluster.ledger.builds() if build.node == one.hostname()
+    }
+
+
+def test_a_node_that_was_frozen_for_longer_than_its_lease_disturbs_nobody(cluster: Cluster) -> None:
+    """SIGSTOP, SIGCONT after two lease times: others have its keys, and it joins again under a new epoch."""
+    cluster.env |= QUICK
+    one, two, three = cluster.start("one", "two", "three")
+    with cluster.load() as load:
+        cluster.wait_working(one, two, three)
+        running = cluster.wait_busy(one)
+        one.kill("SIGSTOP")
+        try:
+            cluster.wait_rerun(running)
+            time.sleep(2.5)  # not to wait for something: it is frozen for that much longer
+        finally:
+            one.kill("SIGCONT")
+        cluster.wait_working(one, two, three)
+        account = cluster.settled(load)
+    assert not account.wrong
