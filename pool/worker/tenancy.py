@@ -40,7 +40,7 @@ class Tenancy:
         self.settings: Settings = extension.settings
         if self.settings.redis_url is None:
             raise ConfigError(
-                "POOL_REDIS_URL is not set and the broker is no Redis: leases are kept in one. Set it, or give each node"
+                "POOL_REDIS_URL is not set and the broker is no Redis: leases need one. Set it, or give each node"
                 " shards of its own (POOL_NODE_SHARDS)"
             )
         self.ownership: Ownership = extension.ownership
