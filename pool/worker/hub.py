@@ -2,9 +2,12 @@
 
 import asyncio
 import concurrent.futures
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -48,4 +51,7 @@ class HubCalls:
         """Stand in for a hub that does not run any more: acknowledgements wait there, too."""
         self.run()
         for callback in self._hub._pop_ready():
-            callback()
+            try:
+                callback()
+            except Exception:  # one message that cannot be acknowledged must not keep the others
+                logger.exception("a callback of the event loop failed")
