@@ -45,7 +45,8 @@ def install(
     Raises `ConfigError`.
     """
     settings = settings or Settings.from_env()
-    settings = replace(settings, broker_url=app.conf.broker_url or settings.broker_url)  # the one that is used
+    broker = app.conf.broker_url or settings.broker_url  # the one that is used
+    settings = replace(settings, broker_url=broker, redis_url=settings.redis_url or _coordination(broker))
     extension = WarmPool(app, settings, backend_class, default_config)
     app.warm_pool = extension
     own_routes = app.conf.task_routes or ()
@@ -72,6 +73,12 @@ def install(
     app.steps["worker"].update((BackendPoolStep, OwnershipStep))
     app.steps["consumer"].update((ClaimsStep, ConsumptionStep))
     return extension
+
+
+def _coordination(broker: Any) -> str | None:
+    """The broker, if leases can be kept there."""
+    plain = isinstance(broker, str) and broker.startswith(("redis", "valkey")) and ";" not in broker
+    return broker if plain else None
 
 
 class WarmPool:

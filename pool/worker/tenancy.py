@@ -38,6 +38,11 @@ class Tenancy:
 
     def __init__(self, extension: Any, node: str) -> None:
         self.settings: Settings = extension.settings
+        if self.settings.redis_url is None:
+            raise ConfigError(
+                "POOL_REDIS_URL is not set and the broker is no Redis: leases need one. Set it, or give each node"
+                " shards of its own (POOL_NODE_SHARDS)"
+            )
         self.ownership: Ownership = extension.ownership
         self.guard: Guard = extension.guard
         self.consumption: Consumption = extension.consumption
