@@ -253,8 +253,8 @@ class Coordinator:
 
     async def _abandon(self, tenancies: list[Tenancy]) -> None:
         logger.warning("lost the leases of %s: ending what runs under them", _named(tenancies))
-        await self.worker.clear()
-        await self.worker.cancel([tenancy.shard for tenancy in tenancies])
+        shards = [tenancy.shard for tenancy in tenancies]
+        await asyncio.gather(self.worker.clear(), self.worker.cancel(shards))
         self._happened("abandoned", tenancies)
 
     async def _rejoin(self) -> None:

@@ -44,12 +44,8 @@ class Terms:
 
     @property
     def margin(self) -> float:
-        """By how much a node stops trusting before the store would let others take over.
-
-        Also the most that the store's clock may advance between two requests (see `redis_store`), hence not below
-        the heartbeat.
-        """
-        return max(self.heartbeat, self.ttl / 5)
+        """By how much a node stops trusting before the store would let others take over."""
+        return self.ttl / 5
 
 
 class Member(NamedTuple):
@@ -92,6 +88,8 @@ class Request(NamedTuple):
     """``(shard, epoch)`` that it holds, for a table that has forgotten them."""
     buried: tuple[str, ...]
     """Dead incarnations whose messages were put back."""
+    elapsed: float
+    """Seconds since it sent the request before, by its own clock; 0: there was none."""
     sent: float
     """Monotonic seconds of the node; for itself only."""
 
@@ -143,7 +141,9 @@ class LeaseMachine:
         self.trusted_until = NEVER
         self.next_request = NEVER
         self._mine: dict[int, int] = {}  # shard -> epoch, as the table says
+        self._disowned: dict[int, int] = {}  # what a table that was set back says: there may have been later owners
         self._asserting = False
+        self._last_sent = NEVER
         self._buried: set[str] = set()
         self._seen_to: set[str] = set()
         self._asked: frozenset[int] = frozenset()
@@ -159,7 +159,7 @@ class LeaseMachine:
         self._asked = frozenset(takes) | {tenancy.shard for tenancy in releasing}
         self._claimants_asked = self.claimants
         held = [tenancy for tenancy in self.tenancies.values() if tenancy.state != "losing"]
-        return Request(
+        request = Request(
             incarnation=self.incarnation,
             node=self.node,
             state=self._state(),
@@ -167,11 +167,17 @@ class LeaseMachine:
             seen=self.version,
             floor=self.floor,
             takes=tuple(takes),
-            releases=tuple(Release(t.shard, t.epoch, self._successor(t.shard)) for t in releasing),
+            releases=(
+                *(Release(t.shard, t.epoch, self._successor(t.shard)) for t in releasing),
+                *(Release(shard, epoch, "") for shard, epoch in self._disowned.items() if shard not in self.tenancies),
+            ),
             asserts=tuple((t.shard, t.epoch) for t in held) if self._asserting and self.trusts(now) else (),
             buried=tuple(sorted(self._buried)),
+            elapsed=now - self._last_sent if self._last_sent > NEVER else 0.0,
             sent=now,
         )
+        self._last_sent = now
+        return request
 
     def _state(self) -> NodeState:
         if self.leaving and not self.tenancies:
@@ -199,6 +205,7 @@ class LeaseMachine:
         self._learn(answer)
         if forgotten:  # what we hold is not in this table: say so before anything is made of it
             self._asserting = True
+            self._disowned = {shard: epoch for shard, epoch in self._mine.items() if not self._may_assert(shard, epoch)}
             return [*lapsed, Beat()]
         self._asserting = False
         self.trusted_until = request.sent + self.terms.ttl - self.terms.margin
@@ -214,6 +221,7 @@ class LeaseMachine:
             self.born, self.version, self._asserting = "", 0, False
             self.leases.clear()
             self._mine.clear()
+            self._disowned.clear()
         return self._lose(list(self.tenancies.values()), now) or self._rejoin()
 
     def _learn(self, answer: Answer) -> None:
@@ -221,6 +229,7 @@ class LeaseMachine:
             self.members = dict(answer.members)
         for shard, lease in (answer.leases or {}).items():
             self.leases[shard] = lease
+            self._disowned.pop(shard, None)
             self.floor = max(self.floor, lease.epoch)
             if lease.owner == self.incarnation:
                 self._mine[shard] = lease.epoch
@@ -282,9 +291,17 @@ class LeaseMachine:
     def _holds(self, tenancy: Tenancy) -> bool:
         return self._mine.get(tenancy.shard) == tenancy.epoch
 
+    def _may_assert(self, shard: int, epoch: int) -> bool:
+        tenancy = self.tenancies.get(shard)
+        return tenancy is not None and tenancy.epoch == epoch and tenancy.state != "losing"
+
     def _begin(self, now: float) -> list[Instruction]:
         """Start a tenancy for each lease that the table says is ours; see to the dead, whose messages may be ours."""
-        fresh = [Tenancy(shard, epoch, now) for shard, epoch in self._mine.items() if shard not in self.tenancies]
+        fresh = [
+            Tenancy(shard, epoch, now)
+            for shard, epoch in self._mine.items()
+            if shard not in self.tenancies and shard not in self._disowned
+        ]
         if not fresh and self._seen_to.issuperset(self.dead):
             return []
         self.tenancies.update((tenancy.shard, tenancy) for tenancy in fresh)

@@ -9,22 +9,26 @@ Keys, all with the hash tag of the namespace, so that they share one slot of a R
     {pool}:changes  zset    shard -> version of its last change: what a node reads back is what it has not seen
     {pool}:dead     hash    incarnation that ended without a farewell -> its node, until its messages were put back
 
-**Lease clock.** Memberships end by a clock of the table's own. It advances with Redis ``TIME`` between two requests, by
-``margin`` at most and never backwards: a jump of the server's clock, or a server that was frozen, ends no lease early.
+**Lease clock.** Memberships end by a clock of the table's own. From one request to the next it advances as much as
+Redis ``TIME`` does, but never backwards, never by more than the asking member's own clock has since it asked before (a
+node that is no member yet: by ``margin``), and never by more than half a TTL. So it is never faster than the slower of
+two independent clocks: a jump of the server's clock, or a server that was frozen, ends no lease early.
 
 **Epochs** only grow: each is above the last one the table knows, above every one the asking node knows, and at least
 ``TIME`` in microseconds. So none is used again after the table was lost, unless the clock went back as well and no node
 that remembers survived.
 
-**A table that was lost or set back** (flushed, restarted or failed over to a replica that lags: the server's ``run_id``
-is another one) is *born* again: for one TTL nothing is taken from it, and the nodes that still trust their leases
-assert them; the higher epoch wins. An empty table that no node claims to have known (a first start) is quarantined for
-a little more than a heartbeat only, so that survivors can speak up.
+**A table that was lost or set back** (flushed, restarted or failed over to a replica that lags: the server's
+``run_id`` is another one) is *born* again: for one TTL nothing is taken from it, and the nodes that still trust their
+leases assert them; the higher epoch wins. What it gives to a node that does not hold it, that node releases: there may
+have been later owners. An empty table that no node claims to have known (a first start) is quarantined for a little
+more than a heartbeat only, so that survivors can speak up.
 """
 
 import contextlib
 import json
 import math
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -51,7 +55,13 @@ local run_id = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or 
 local born = redis.call('HGET', meta, 'born')
 local clock = number('clock')
 if born then
-  clock = clock + math.max(0, math.min(real - number('real'), req.margin))
+  local step = math.max(0, math.min(real - number('real'), req.ttl / 2))
+  local ends = redis.call('ZSCORE', alive, me)
+  if ends then
+    clock = math.max(clock, math.min(clock + step, tonumber(ends) - req.ttl + req.elapsed))
+  else
+    clock = clock + math.min(step, req.margin)
+  end
 end
 if not born or redis.call('HGET', meta, 'run_id') ~= run_id then
   local wait = req.ttl
@@ -194,8 +204,7 @@ class RedisStore:
         self.namespace = namespace
         self.shards = shards
         self.terms = terms
-        names = ("meta", "alive", "members", "leases", "changes", "dead")
-        self._keys = [f"{{{namespace}}}:{name}" for name in names]
+        self._keys = keys_of(namespace, "meta", "alive", "members", "leases", "changes", "dead")
         self._channel = f"{{{namespace}}}:handed:"
         self._sha = ""
 
@@ -244,6 +253,7 @@ class RedisStore:
             "settle": _milliseconds(1.2 * terms.heartbeat),
             "born": request.born,
             "seen": request.seen,
+            "elapsed": _milliseconds(request.elapsed),
             "floor": str(request.floor),
             "takes": request.takes,
             "releases": [[release.shard, str(release.epoch), release.successor] for release in request.releases],
@@ -264,6 +274,20 @@ class RedisStore:
             triples = zip(changed[::3], changed[1::3], changed[2::3], strict=True)
             leases = {int(shard): Lease(int(epoch), owner) for shard, epoch, owner in triples}
         return Answer("ok", "", born, int(version), int(quarantine) / 1000, members, leases, tuple(sorted(dead)))
+
+
+def keys_of(namespace: str, *names: str) -> list[str]:
+    """Return the store's keys of these names."""
+    return [f"{{{namespace}}}:{name}" for name in names]
+
+
+def plain_url(url: str) -> str:
+    """Return kombu's URL of a Redis as redis-py spells it. Raises `ConfigError` for one that it cannot use."""
+    url = re.sub(r"^redis\+socket://", "unix://", re.sub(r"^valkey", "redis", url))
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        scheme = url.partition("://")[0]
+        raise ConfigError(f"POOL_REDIS_URL: leases need a redis:// or rediss:// URL, not {scheme}://")
+    return url
 
 
 def _milliseconds(seconds: float) -> int:

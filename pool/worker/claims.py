@@ -61,14 +61,14 @@ end
 return {taken, more}
 """
 
-# ARGV: claimant, the state it must be in (or any), the push, then id and payload of each message, in order of pushing.
+# ARGV: claimant, the state it must be in (or any), then id and payload of each message, in order of pushing.
 _MOVE = """
 if ARGV[2] ~= 'any' and redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 local moved = 0
-for i = 4, #ARGV, 2 do
+for i = 3, #ARGV, 2 do
   local held = redis.call('HGET', KEYS[2], ARGV[i])
   if held then
-    redis.call(ARGV[3], string.sub(held, 1, string.find(held, '\\n', 1, true) - 1), ARGV[i + 1])
+    redis.call('RPUSH', string.sub(held, 1, string.find(held, '\\n', 1, true) - 1), ARGV[i + 1])
     redis.call('HDEL', KEYS[2], ARGV[i])
     moved = moved + 1
   end
@@ -159,13 +159,12 @@ class Claims:
         """The message is done. Returns False if it was not held any more."""
         return bool(client.hdel(self._keys[1], id))
 
-    def give_back(self, client: Any, messages: Iterable[tuple[str, bytes]], to_front: bool = True) -> int:
-        """Put messages (id, payload) that are still held into their queues again, marked as redelivered.
+    def give_back(self, client: Any, messages: Iterable[tuple[str, bytes]]) -> int:
+        """Put messages (id, payload) that are still held at the front of their queues again, marked as redelivered.
 
-        At the front the oldest is the next one out; at the back (*to_front* false) they keep their order behind
-        everything else. Returns how many were moved.
+        The oldest is the next one out. Returns how many were moved.
         """
-        return _move(client, self._keys, self.claimant, messages, to_front=to_front)
+        return _move(client, self._keys, self.claimant, messages)
 
     def leave(self, client: Any) -> int:
         """End gracefully: leave the registry, or be fenced for others to `restore`. Returns how many are still held."""
@@ -204,13 +203,13 @@ class Claims:
             self.behind = True
         self.delivered.pop(tag, None)  # after it is known as settled: `catch_up` reads them in the other order
 
-    def requeue(self, tags: Iterable[str], *, to_front: bool) -> None:
-        """Give back what of it is in hand; now, or (to the front) when Redis can be reached again."""
+    def requeue(self, tags: Iterable[str]) -> None:
+        """Give back what of it is in hand; now, or when Redis can be reached again."""
         held = [claim for tag in tags if (claim := self.delivered.get(tag))]
         if not held:
             return
         try:
-            self.give_back(self._client, [(claim.id, claim.payload) for claim in held], to_front)
+            self.give_back(self._client, [(claim.id, claim.payload) for claim in held])
         except OUT_OF_REACH as error:
             logger.warning("%d messages go back when Redis is back: %s", len(held), error)
             self.behind = True
@@ -303,12 +302,11 @@ def _move(
     messages: Iterable[tuple[str, bytes]],
     *,
     state: str = "any",
-    to_front: bool = True,
 ) -> int:
-    # Consumers take from the right: there the oldest is pushed last, at the left the newest.
-    ordered = sorted(messages, key=lambda message: int(message[0]), reverse=to_front)
+    # Consumers take from the right, so the oldest is pushed last.
+    ordered = sorted(messages, key=lambda message: int(message[0]), reverse=True)
     pushes = [part for name, payload in ordered for part in (name, redelivered(payload))]
-    return int(_call(client, _MOVE, keys, [claimant, state, "RPUSH" if to_front else "LPUSH", *pushes]))
+    return int(_call(client, _MOVE, keys, [claimant, state, *pushes]))
 
 
 def _call(client: Any, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:

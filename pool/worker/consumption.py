@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Consumption:
-    """The queues of one worker. Everything but `busy` and `press` belongs to the hub thread."""
+    """The queues of one worker. Everything but `busy` belongs to the hub thread."""
 
     def __init__(self, router: ShardRouter) -> None:
         self._router = router
@@ -28,9 +28,13 @@ class Consumption:
         """Celery has (re)connected: consume what is wanted."""
         self._consumer = consumer
         self._consume(self._wanted)
+        for queue in self.turns.full if self.turns is not None else ():
+            self.press(queue)
 
     def detach(self) -> None:
-        """The connection is gone."""
+        """The connection is gone; RabbitMQ delivers again what has not started, on Redis it stays ours."""
+        if self.turns is not None and not hasattr(self._channel(), "give_back"):
+            self.turns.withdraw()
         self._consumer = None
 
     def reconnect(self) -> None:
@@ -138,11 +142,14 @@ class Consumption:
     def _shard(self, request: Any) -> int | None:
         return self._router.shard_in(request.delivery_info)
 
-    def press(self, queue: str, full: bool) -> None:
-        """Leave a queue out of consumption, or take it in again; on RabbitMQ its consumer's prefetch does that."""
+    def press(self, queue: str) -> None:
+        """Leave out a queue of which too many tasks wait, take it in again when they do no longer.
+
+        On RabbitMQ its consumer's prefetch does that.
+        """
         channel = self._channel()
-        if hasattr(channel, "pause"):
-            (channel.pause if full else channel.resume)(queue)
+        if self.turns is not None and hasattr(channel, "pause"):
+            (channel.pause if queue in self.turns.full else channel.resume)(queue)
 
     def _channel(self) -> Any:
         return getattr(getattr(self._consumer, "task_consumer", None), "channel", None)

@@ -33,6 +33,11 @@ class Guard:
         with contextlib.suppress(BlockingIOError):  # it has enough to wake up for
             self._rope.send(b"!")
 
+    def close(self) -> None:
+        """Nobody needs to be woken any more."""
+        self._bell.close()
+        self._rope.close()
+
     def watch(self, pool: BackendPoolManager[Any]) -> Call[None]:
         """Look after *pool* from now on, in this process."""
         self.ownership.host = os.getpid()

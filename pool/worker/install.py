@@ -15,6 +15,7 @@ from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
 from pool.sharding.ownership import FOREVER, Ownership
 from pool.worker import rabbitmq
+from pool.worker.agreement import Agreement
 from pool.worker.consumption import Consumption
 from pool.worker.guard import Guard
 from pool.worker.hub import HubCalls
@@ -85,6 +86,7 @@ class WarmPool:
     ) -> None:
         self.settings = settings
         self.router = ShardRouter(settings, lambda name: app.tasks.get(name))  # noqa: PLW0108 - tasks may come later
+        self.router.agreed = Agreement(settings).check
         self.closing = False
         self.ownership = Ownership(settings.shards)
         self.guard: Guard | None = None
@@ -128,6 +130,7 @@ class WarmPool:
         self.consumption = Consumption(self.router)
         self.tenancy: Tenancy | None = None
         self.takeover = takeover_for(worker.app, settings)
+        self.router.agreed = lambda: None  # a node agrees with the others when it joins
         if settings.leased:
             self.guard = Guard(self.ownership)
             self.tenancy = Tenancy(self, worker.hostname)
@@ -136,11 +139,11 @@ class WarmPool:
             self.consumption.add(settings.node_shards or ())
 
     def pressed(self, queue: str, full: bool) -> None:
-        """Too many tasks of a queue wait for their turn, or they do no longer; from any thread."""
+        """Too many tasks of a queue wait for their turn (told on the hub's thread), or they do no longer."""
         if full:
-            self.consumption.press(queue, full=True)
+            self.consumption.press(queue)
         else:
-            self.calls.post(lambda: self.consumption.press(queue, full=False))
+            self.calls.post(lambda: self.consumption.press(queue))
 
     # -- the pool of this process
 

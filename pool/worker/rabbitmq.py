@@ -165,6 +165,11 @@ def check_time_limits(app: Celery, consumer_timeout: float, limits: Mapping[str,
     message is delivered again, with everything else that the node had taken. *limits* are the worker's own
     (``time_limit``, ``soft_time_limit``); None: those of ``app.conf``.
     """
+    ttl = app.warm_pool.settings.lease_ttl
+    if ttl >= consumer_timeout:
+        raise ConfigError(
+            f"POOL_LEASE_TTL={ttl:g} s: must be below RabbitMQ's consumer timeout of {consumer_timeout:g} s"
+        )
     if limits is None:
         limits = {"time_limit": app.conf.task_time_limit, "soft_time_limit": app.conf.task_soft_time_limit}
     for name, task in sorted(app.tasks.items()):

@@ -39,6 +39,8 @@ class ShardRouter:
             Queue(name, exchange, routing_key=name, durable=True, **arguments)
             for name in (queue_name(shard, settings.namespace) for shard in range(settings.shards))
         ]
+        self.agreed: Callable[[], None] = lambda: None
+        """Raises `ConfigError` if the nodes count other shards."""
         self._shards = {queue.name: shard for shard, queue in enumerate(self.queues)}
 
     def __call__(
@@ -52,13 +54,15 @@ class ShardRouter:
     ) -> dict[str, Any] | None:
         """Return ``{"queue": ...}`` and, for RabbitMQ, what to declare.
 
-        Raises `InvalidKey` for a keyed task without a usable key.
+        Raises `InvalidKey` for a keyed task without a usable key, and `ConfigError` for a destination of the caller's
+        own, or if the nodes count other shards.
         """
         headers = options.get("headers") or {}
         task = task or self._find_task(name)
         found = self._destination(name, args or (), kwargs or {}, headers.get(KEY_HEADER), task)
         if found is None:
             return None
+        self.agreed()
         shard, key = found
         if key is not None:
             options["headers"] = {**headers, KEY_HEADER: key}  # whoever receives it need not decode the arguments

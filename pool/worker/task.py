@@ -10,7 +10,7 @@ from celery.exceptions import Reject
 
 from pool.backends.base import Backend
 from pool.borrowing import Borrowed, Borrowing
-from pool.errors import BackendClosed, BackendUnavailable, ConfigError, InvalidKey, NotOwner
+from pool.errors import BackendUnavailable, ConfigError, InvalidKey, NotOwner, PoolError
 from pool.keys import check_key
 from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
@@ -122,6 +122,12 @@ class PooledTask(Task):
         extension = self._extension
         if not extension.ownership.owns_key(key):
             raise NotOwner(f"key {key!r} belongs to {extension.queue_for(key)}, which this node does not own")
+        came_by = extension.router.shard_in(self.request.delivery_info)
+        if came_by not in (None, shard_of(key, extension.settings.shards)):
+            raise NotOwner(
+                f"key {key!r} belongs to {extension.queue_for(key)}, but came by shard {came_by}: does its producer"
+                f" count other than {extension.settings.shards} shards?"
+            )
 
     @property
     def backend(self) -> Any:
@@ -149,7 +155,7 @@ class PooledTask(Task):
         shard = extension.router.shard_in(self.request.delivery_info)
         if shard is None or extension.ownership.owns(shard):
             return False
-        return bool(shard == shard_of(self.pool_key, extension.settings.shards))
+        return self.shard is not None or bool(shard == shard_of(self.pool_key, extension.settings.shards))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task's code; decide what a backend that is not there means for the message."""
@@ -157,13 +163,11 @@ class PooledTask(Task):
             return super().__call__(*args, **kwargs)
         try:
             return self.run(*args, **kwargs)
-        except (BackendClosed, NotOwner) as error:
+        except PoolError as error:
             # A node that shuts down at once, or has lost the shard, ends what runs: the messages go back unharmed.
-            if not self._lost_its_place():
-                raise
-            raise Reject(str(error), requeue=True) from None
-        except BackendUnavailable as error:
-            if not self.retry_unavailable or error.retry_after is None:
+            if self._lost_its_place():
+                raise Reject(str(error), requeue=True) from None
+            if not isinstance(error, BackendUnavailable) or not self.retry_unavailable or error.retry_after is None:
                 raise
             delay = max(MIN_RETRY_DELAY, error.retry_after)
             raise self.retry(exc=error, countdown=delay) from None

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import secrets
 import time
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from pool.runtime import LoopThread
 from pool.sharding.coordinator import Coordinator
 from pool.sharding.lease import LeaseMachine, Terms
 from pool.sharding.ownership import Ownership
-from pool.sharding.redis_store import RedisStore
+from pool.sharding.redis_store import RedisStore, plain_url
 from pool.worker.consumption import Consumption
 from pool.worker.guard import Guard
 from pool.worker.hub import HubCalls
@@ -147,15 +146,6 @@ class Tenancy:
 def incarnation_of(node: str) -> str:
     """Return a name for one life of a node: `node` itself may come back."""
     return f"{node}/{secrets.token_hex(4)}"
-
-
-def plain_url(url: str) -> str:
-    """Return kombu's URL of a Redis as redis-py spells it. Raises `ConfigError` for one that it cannot use."""
-    url = re.sub(r"^redis\+socket://", "unix://", re.sub(r"^valkey", "redis", url))
-    if not url.startswith(("redis://", "rediss://", "unix://")):
-        scheme = url.partition("://")[0]
-        raise ConfigError(f"POOL_REDIS_URL: leases need a redis:// or rediss:// URL, not {scheme}://")
-    return url
 
 
 def _alive(pid: int) -> bool:

@@ -15,7 +15,6 @@ claimant, anything out of the ordinary (a key prefix, several priorities, Sentin
 import logging
 from collections import deque
 from collections.abc import Collection
-from queue import Empty
 from time import monotonic
 from typing import Any
 
@@ -27,16 +26,11 @@ from redis.exceptions import ConnectionError  # noqa: A004 - kombu's connection 
 
 from pool.errors import ConfigError
 from pool.worker.claims import Claim, Claims, Fenced
+from pool.worker.poller import CLAIMS, LOOK_EVERY, LOOK_EVERY_UNTOLD, ShardPoller
 from pool.worker.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-CLAIMS = "CLAIMS"
-"""The poller's name for a connection on which a channel hears of filled queues."""
-LOOK_EVERY = 1.0
-"""Seconds between two looks at all queues, whatever was heard."""
-LOOK_EVERY_UNTOLD = 0.05
-"""... where the server tells nothing."""
 UNLIMITED = 64
 """Messages of one claim at most, where the prefetch count sets no limit."""
 
@@ -69,7 +63,7 @@ class ShardQoS(redis.QoS):
             super().reject(delivery_tag, requeue=requeue)
             return
         if requeue:
-            self.channel.claims.requeue([delivery_tag], to_front=True)
+            self.channel.claims.requeue([delivery_tag])
         else:
             self.channel.claims.done(delivery_tag)
         self._forget(delivery_tag)
@@ -84,7 +78,7 @@ class ShardQoS(redis.QoS):
         for tag in claimed:
             del self._delivered[tag]
         if claimed:
-            self.channel.claims.requeue(claimed.difference(self.channel.claims.running()), to_front=True)
+            self.channel.claims.requeue(claimed.difference(self.channel.claims.running()))
         if self._delivered:
             super().restore_unacked(client)
 
@@ -196,7 +190,7 @@ class ShardChannel(redis.Channel):
     def give_back(self, tags: Collection[str]) -> None:
         """Put messages that have not been worked on into their queues again, in order."""
         assert self.claims is not None
-        self.claims.requeue(tags, to_front=True)
+        self.claims.requeue(tags)
         for tag in tags:
             self.qos._forget(tag)
 
@@ -276,7 +270,7 @@ class ShardChannel(redis.Channel):
 
     def close(self) -> None:
         if not self.closed and self._undelivered:
-            self.claims.requeue([claim.id for claim in self._undelivered], to_front=True)  # type: ignore[union-attr]
+            self.claims.requeue([claim.id for claim in self._undelivered])  # type: ignore[union-attr]
             self._undelivered.clear()
         super().close()
 
@@ -284,88 +278,6 @@ class ShardChannel(redis.Channel):
         super()._close_clients()
         if self.watch is not None:
             self.watch.close()
-
-
-class ShardPoller(redis.MultiChannelPoller):
-    """Has channels claim before it waits, and when they have heard of something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.delivered = 0
-        """Messages that were claimed and delivered, ever."""
-        self._loop: Any = None
-        self._timer: Any = None
-        self._every = LOOK_EVERY
-        self._looked_at = monotonic()
-
-    def _register_BRPOP(self, channel: Any) -> None:  # noqa: N802 - kombu's name
-        if not channel.claiming:
-            super()._register_BRPOP(channel)
-
-    def on_poll_start(self) -> None:
-        super().on_poll_start()
-        for channel in tuple(self._channels):
-            if channel.claiming and not channel.closed:
-                self._claim(channel)
-
-    def _claim(self, channel: Any) -> None:
-        if not self._client_registered(channel, channel.watch.listener, CLAIMS):
-            self._register(channel, channel.watch.listener, CLAIMS)
-        number = channel.claim()
-        self.delivered += number
-        if number and self._loop is not None and self._loop._waker is not None:
-            # The event loop is about to wait for as long as it found right before this. What the messages have brought
-            # since (a timer, an acknowledgement to be sent, more to claim) must not wait that long.
-            self._loop._waker.wake()
-
-    def on_readable(self, fileno: int) -> None:
-        channel, kind = self._fd_to_chan.get(fileno, (None, None))
-        if kind != CLAIMS:
-            super().on_readable(fileno)
-            return
-        channel.handlers[CLAIMS]()
-        raise Empty
-
-    def get(self, callback: Any, timeout: float | None = None) -> None:
-        """Wait for messages and deliver them, where no event loop runs; raises Empty after *timeout* seconds."""
-        if not any(channel.claiming for channel in self._channels):
-            super().get(callback, timeout)
-            return
-        before = self.delivered
-        self.on_poll_start()
-        if self.delivered == before:
-            try:
-                super().get(callback, self._every if timeout is None else min(timeout, self._every))
-            except Empty:
-                if monotonic() - self._looked_at >= self._every:
-                    self.look()
-                self.on_poll_start()
-                if self.delivered == before:
-                    raise
-
-    def look(self) -> None:
-        """Have every channel look at all its queues."""
-        self._looked_at = monotonic()
-        for channel in self._channels:
-            channel.look()
-
-    def look_every(self, seconds: float | None = None, loop: Any = None) -> None:
-        """Look this often; with an event loop by its timer."""
-        self._loop = loop or self._loop
-        if seconds in (None, self._every) and loop is None:
-            return
-        self._every = seconds or self._every
-        if self._loop is not None:
-            self._stop_timer()
-            self._timer = self._loop.call_repeatedly(self._every, self.look)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def close(self) -> None:
-        self._stop_timer()
-        super().close()
 
 
 class ShardTransport(redis.Transport):

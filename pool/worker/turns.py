@@ -93,6 +93,12 @@ class Turns(Generic[J]):
             self._closed = True
 
     @property
+    def full(self) -> frozenset[str]:
+        """Queues of which too many jobs wait."""
+        with self._lock:
+            return frozenset(self._full)
+
+    @property
     def waiting(self) -> int:
         """Jobs that have not started."""
         return sum(self._backlog.values())

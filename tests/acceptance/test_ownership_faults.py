@@ -37,7 +37,9 @@ def test_kill_9_of_a_node_loses_nothing_and_its_keys_go_to_one_other(cluster: Cl
         cluster.wait_working(one, two, three)
         account = cluster.settled(load)
     assert not account.wrong
-    assert account.duplicates.keys() <= {build.task for build in cluster.ledger.builds() if build.node == one.hostname()}
+    assert account.duplicates.keys() <= {
+        build.task for build in cluster.ledger.builds() if build.node == one.hostname()
+    }
 
 
 def test_a_node_that_was_frozen_for_longer_than_its_lease_disturbs_nobody(cluster: Cluster) -> None:

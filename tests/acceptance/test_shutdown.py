@@ -76,7 +76,7 @@ def test_term_waits_for_the_build_and_then_closes_everything(
 def test_term_leaves_what_has_not_started_to_the_next_node(
     start: Start, producer: Producer, gate: Gate, key: str, site: Site
 ) -> None:
-    """A build that the node had reserved goes back, and runs once, on the next node."""
+    """A build that the node had reserved goes back, and runs once, on the next node; no node leaves a trace of its own."""
     first = start("first", env={"POOL_CONCURRENCY": "1"})
     running = producer.build(key, gate.command)
     gate.wait_started()
@@ -91,6 +91,8 @@ def test_term_leaves_what_has_not_started_to_the_next_node(
     assert producer.built(key, "cat second")["output"] == "run\n"
     assert second.stop() == 0
     assert site.messages() == 0
+    with site.redis() as client:
+        assert client.keys("pool.claim*") == []
 
 
 @pytest.mark.parametrize("execution", ["threads", "prefork", "solo"])

@@ -35,7 +35,8 @@ def main() -> None:
         if pid == 0:
             sys.stdin.close()
             consume(url, queues, options)
-        print(pid, flush=True)
+        sys.stdout.write(f"{pid}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

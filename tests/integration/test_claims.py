@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import redis
 from kombu import Connection, Consumer, Exchange, Producer, Queue
+from kombu.asynchronous import Hub
 
 from pool.errors import ConfigError
 from pool.worker import transport
@@ -159,12 +160,50 @@ def test_a_queue_with_more_than_a_claim_takes_is_claimed_again(connect: Any, bro
 def test_each_queue_gets_its_turn(connect: Any, broker: Any) -> None:
     """A hot queue takes no more than its share while another has messages."""
     send(broker.url, "hot", *("hot" for _ in range(50)))
-    receiver = Receiver(connect(), "hot", "cold", prefetch=2)
+    receiver = Receiver(connect(), "hot", "cold", prefetch=1)
     send(broker.url, "cold", *("cold" for _ in range(5)))
     for number in range(10):
         receiver.receive(number + 1)
         receiver.messages[number].ack()
     assert receiver.bodies[:10].count("cold") >= 4
+
+
+def test_a_worker_without_prefetch_gets_one_at_a_time(connect: Any, broker: Any) -> None:
+    """Celery's worker_disable_prefetch puts a question of its own in place of the prefetch count."""
+    receiver = Receiver(connect(), "a", prefetch=8)
+    send(broker.url, "a", *"123")
+    receiver.channel.qos.can_consume = lambda: not any(not message.acknowledged for message in receiver.messages)
+    for number in range(3):
+        assert receiver.receive(number + 1) == list("123"[: number + 1])
+        assert receiver.nothing_comes()
+        receiver.messages[number].ack()
+
+
+def test_an_event_loop_never_waits_while_there_is_something_to_do(
+    connect: Any, broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a delivered message asks for (its acknowledgement, the next claim) is not left for after the wait."""
+    hub, waits = Hub(), []
+    poll = hub.poller.poll
+
+    def noted_poll(timeout: float) -> Any:
+        events = poll(timeout)
+        waits.extend([] if events else [timeout])
+        return events
+
+    monkeypatch.setattr(hub.poller, "poll", noted_poll)
+    send(broker.url, "a", *(str(n) for n in range(10)))
+    receiver = Receiver(connect(), "a", prefetch=1)
+    receiver.consumer.register_callback(lambda _body, message: hub.call_soon(message.ack))
+    receiver.connection.register_with_event_loop(hub)
+    while len(receiver.messages) < 10:
+        hub.run_once()
+    assert waits == []
+    hub.run_once()
+    hub.run_once()
+    assert all(message.acknowledged for message in receiver.messages)
+    receiver.connection.close()
+    hub.close()
 
 
 def test_a_server_that_tells_nothing_is_looked_at_often(
@@ -268,14 +307,14 @@ def test_a_closed_channel_gives_back_in_order(connect: Any, server: redis.Redis,
     assert first["properties"]["delivery_info"]["redelivered"] is True
 
 
-def test_a_rejected_message_goes_to_the_end(connect: Any, server: redis.Redis, broker: Any, claimant: str) -> None:
-    """As in kombu: with requeue behind everything else, without it is gone."""
+def test_a_rejected_message_goes_to_the_front(connect: Any, server: redis.Redis, broker: Any, claimant: str) -> None:
+    """As on RabbitMQ: with requeue it is the next one out, so that order is kept; without it is gone."""
     receiver = Receiver(connect(), "a", prefetch=2)
     send(broker.url, "a", *"123")
     receiver.receive(2)
     receiver.messages[0].reject(requeue=True)
     receiver.messages[1].reject()
-    assert waiting(server, "a") == ["3", "1"]
+    assert waiting(server, "a") == ["1", "3"]
     assert held(server, claimant) == 0
 
 

@@ -125,6 +125,10 @@ class RealRig:
     def run(self, coroutine):
         return self.runner.run(coroutine)
 
+    def now(self) -> float:
+        """Seconds on the clock of every node."""
+        return time.monotonic()
+
     def close(self) -> None:
         self.runner.run(self.client.aclose())
         self.runner.close()
@@ -162,7 +166,7 @@ class RealRig:
 
     def listen(self, incarnation: str):
         """Subscribe to what is published for *incarnation*; the result returns True once there was something."""
-        channel = self.store(1).channel(incarnation)
+        channel = self.store(1)._channel + incarnation
         listener = self.admin.pubsub()
         listener.subscribe(channel)
         wait_until(lambda: (listener.get_message() or {}).get("type") == "subscribe", "the subscription is there")
@@ -176,6 +180,7 @@ class FakeRig:
 
     def __init__(self) -> None:
         self.micros = time.time_ns() // 1000
+        self.jumped = 0
         self.server = FakeServer(lambda: self.micros)
         self.snapshot = self.server.snapshot
         self.fail_over = self.server.fail_over
@@ -193,6 +198,15 @@ class FakeRig:
 
     def close(self) -> None:
         pass
+
+    def now(self) -> float:
+        """Seconds on the clock of every node; the server's may jump."""
+        return (self.micros - self.jumped) / 1e6
+
+    def jump(self, seconds: int) -> None:
+        """Turn the server's clock."""
+        self.micros += 1_000_000 * seconds
+        self.jumped += 1_000_000 * seconds
 
     def until(self, condition, what: str):
         for _ in range(1000):
@@ -224,11 +238,15 @@ class Node:
         self.members = {}
         self.leases: dict[int, Lease] = {}
         self.answer = None
+        self.last_beat = None
 
     def beat(self, state="active", takes=(), releases=(), asserts=(), buried=()):
+        now = self.rig.now()
+        elapsed = 0.0 if self.last_beat is None else now - self.last_beat
+        self.last_beat = now
         request = Request(
             self.incarnation, self.name, state, self.born, self.seen, self.floor, tuple(takes),
-            tuple(Release(*release) for release in releases), tuple(asserts), tuple(buried), 0.0,
+            tuple(Release(*release) for release in releases), tuple(asserts), tuple(buried), elapsed, now,
         )  # fmt: skip
         self.answer = answer = self._call(request)
         if answer.verdict == "ok":

@@ -128,7 +128,12 @@ class _Run:
         table, request, store = self.table, self.request, self.store
         real = self.micros // 1000
         if table.born:
-            table.clock += max(0, min(real - table.real, store.margin))
+            step = max(0, min(real - table.real, store.ttl / 2))
+            if request.incarnation in table.alive:
+                own = table.alive[request.incarnation] - store.ttl + _milliseconds(request.elapsed)
+                table.clock = max(table.clock, min(table.clock + step, own))
+            else:
+                table.clock += min(step, store.margin)
         if not table.born or table.run_id != self.server.run_id:
             wait = store.ttl
             if not table.born:

@@ -21,7 +21,9 @@ def test_the_defaults_are_sound_and_as_documented():
     assert (config.idle_timeout, config.max_backends, config.cleanup_interval) == (300.0, 200, 60.0)
     assert (settings.namespace, settings.shards, settings.execution) == ("pool", 64, "threads")
     assert settings.tasks_at_once == 32
-    assert settings.owned_shards == tuple(range(64))
+    assert settings.leased
+    assert (settings.lease_ttl, settings.lease_heartbeat, settings.handoff_timeout) == (5.0, 1.0, 300.0)
+    assert settings.key_concurrency == 4
 
 
 @pytest.mark.parametrize("name", POSITIVE)

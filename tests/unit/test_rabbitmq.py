@@ -51,7 +51,7 @@ def test_publishes_are_confirmed_and_heartbeats_short() -> None:
     app = make_app(broker_heartbeat=1, broker_transport_options={"confirm_publish": False, "read_timeout": 9})
     assert app.conf.broker_transport_options == {"confirm_publish": False, "read_timeout": 9}
     assert app.conf.broker_heartbeat == 1
-    assert make_app("redis://localhost").conf.broker_transport_options == {}
+    assert make_app("redis://localhost").conf.broker_transport_options == {"priority_steps": [0]}
 
 
 def test_the_app_s_default_queue_stays_classic() -> None:
@@ -65,10 +65,11 @@ def test_the_heartbeat_is_half_of_the_lease_in_whole_seconds(ttl: float, expecte
     assert rabbitmq.heartbeat(ttl) == expected
 
 
-@pytest.mark.parametrize(("concurrency", "expected"), [(32, 4), (1, 1), (8, 1), (64, 8)])
-def test_a_shard_s_prefetch_is_a_part_of_what_the_node_can_run(concurrency: int, expected: int) -> None:
+@pytest.mark.parametrize(("concurrency", "per_key", "expected"), [(32, 4, 8), (1, 4, 1), (8, 8, 8), (64, 1, 2)])
+def test_a_shard_may_hold_what_runs_of_a_key_and_as_much_again(concurrency: int, per_key: int, expected: int) -> None:
     """64 consumers with the node's concurrency each would hold 2048 messages."""
-    assert rabbitmq.shard_prefetch(Settings(concurrency=concurrency)) == expected
+    settings = Settings(concurrency=concurrency, key_concurrency=per_key)
+    assert rabbitmq.shard_prefetch(settings) == expected
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from pool.backends.pulse import _MARK, _SCRIPT
 from tests.support.processes import wait_gone
+from tests.support.services import require_service
 from tests.support.waiting import wait_until
 
 SHELLS = {"dash": ["dash"], "bash": ["bash", "--posix"], "busybox": ["busybox", "ash"]}
@@ -19,8 +20,7 @@ PARENT = '"$@"; code=$?; echo "parent lives $code"'
 def shell(request):
     argv = SHELLS[request.param]
     path = shutil.which(argv[0])
-    if path is None:
-        pytest.skip(f"no {argv[0]}")
+    require_service(argv[0], path)
     return [path, *argv[1:]]
 
 
