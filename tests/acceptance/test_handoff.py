@@ -37,10 +37,10 @@ def assert_in_order(account: Account) -> None:
 @pytest.mark.timeout(180)
 def test_term_under_a_flood_stops_the_node_after_its_last_running_task(cluster: Cluster, record_property) -> None:
     """3,000 builds wait; a node stops, with exit code 0; none of them runs twice."""
-    one, _two, _three = cluster.start("one", "two", "three")
     with cluster.load(rate=0.1) as load:
         for number in range(FLOOD):
             load.send(KEYS[number % len(KEYS)], 0.0)
+        one, _two, _three = cluster.start("one", "two", "three")
         cluster.wait_working(one)
         one.kill("SIGTERM")
         assert one.wait() == 0
