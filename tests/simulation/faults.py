@@ -55,7 +55,7 @@ class Faults:
         if "lose" in self.kinds:
             self.weather.lost = rng.choice((0.01, 0.05, 0.2))
         if "late" in self.kinds:
-            self.weather.late = rng.choice((0.01, 0.05, 0.15))
+            self.weather.late = rng.choice((0.01, 0.05, 0.15, 0.4))
         if "busy_hub" in self.kinds:
             for node in self.nodes:
                 node.hub = rng.choice((0.01, 0.3, 1.0))
@@ -178,6 +178,7 @@ class Faults:
                 node.boot()
             else:
                 self._boot_when_gone(node)
+            self._order(node, "undrain")  # orders that reached a stopped node were carried out in no order
         staying = [node for node in self.nodes if node.process and not node.process.machine.leaving]
         if len(staying) > 1 and self.world.rng.random() < 0.4:
             self._order(self.world.rng.choice(staying), "drain")

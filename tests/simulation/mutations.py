@@ -71,7 +71,7 @@ def _asserts_nothing(self, now):
 
 def _serves_before_restoring(self, instruction):
     self._after(0.0, self._happened, "restored", instruction.tenancies)
-    _restore(self, instruction._replace(tenancies=()))
+    self._after(0.5, _restore, self, instruction._replace(tenancies=()))
 
 
 def _buries_alive(self, instruction):
@@ -105,21 +105,23 @@ def _always(self, *arguments):
 
 MUTATIONS = {
     "the margin is 0": Mutation(
-        [(LeaseMachine, "answered", _trusts_the_whole_ttl)], "one_process", 30, ("pause", "drift", "cut_store")
+        [(LeaseMachine, "answered", _trusts_the_whole_ttl)], "one_process", 20, ("pause", "drift", "cut_store")
     ),
     "trust never ends": Mutation(
-        [(LeaseMachine, "trusts", lambda self, now: self.trusted_until > NEVER)], "one_owner", 30, ()
+        [(LeaseMachine, "trusts", lambda self, now: self.trusted_until > NEVER)], "one_owner", 40, ()
     ),
     "dead claimants may take, and only the dead of the table are restored": Mutation(
         [(Broker, "may_take", _always), (LeaseMachine, "registered", _nothing)],
         "nothing_lost",
-        60,
-        ("crash", "late", "freeze_broker"),
+        100,
+        ("crash", "late", "lose"),
     ),
     "only the dead of the table are restored": Mutation(
-        [(LeaseMachine, "registered", _nothing)], "nothing_lost", 40, ("crash", "fail_over", "late")
+        [(LeaseMachine, "registered", _nothing)], "nothing_lost", 20, ("flush", "crash")
     ),
-    "the dead are restored after serving": Mutation([(Process, "_restore", _serves_before_restoring)], "order", 60, ()),
+    "the dead are restored half a second after serving": Mutation(
+        [(Process, "_restore", _serves_before_restoring)], "order", 20, ("crash",)
+    ),
     "the dead are buried without being restored": Mutation(
         [(Process, "_restore", _buries_alive)], "nothing_lost", 30, ()
     ),
@@ -144,6 +146,6 @@ MUTATIONS = {
         [(LeaseMachine, "_lapse", _gives_up_releases)], "one_owner", 30, ("freeze_store", "late", "drain", "lose")
     ),
     "epochs are counted by the table alone": Mutation(
-        [(lease_store._Run, "_next_epoch", _counts)], "epochs_grow", 60, ("crash", "fail_over", "leave")
+        [(lease_store._Run, "_next_epoch", _counts)], "epochs_grow", 60, ("flush", "crash")
     ),
 }

@@ -13,4 +13,4 @@ def test_a_bug_is_found_by_its_checker(name):
     with mutated(name):
         found = next((s for s in range(bug.seeds) if bug.caught_by in simulate(s, kinds=bug.kinds).problems), None)
     assert found is not None, f"{bug.caught_by} did not find it in {bug.seeds} seeds"
-    assert simulate(found, kinds=bug.kinds).problems == {}
+    assert bug.caught_by not in simulate(found, kinds=bug.kinds).problems
