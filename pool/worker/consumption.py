@@ -25,9 +25,15 @@ class Consumption:
     # -- the connection comes and goes
 
     def attach(self, consumer: Any) -> None:
-        """Celery has (re)connected: consume what is wanted."""
+        """Celery has (re)connected: consume what is wanted.
+
+        RabbitMQ delivers while it is still being asked, and Celery can receive nothing before its loop starts; which
+        consumes, first of all, every queue that is known by then.
+        """
         self._consumer = consumer
-        self._consume(self._wanted)
+        self._add_queues(self._wanted)
+        if hasattr(self._channel(), "pause"):
+            consumer.task_consumer.consume()
         for queue in self.turns.full if self.turns is not None else ():
             self.press(queue)
 
@@ -52,14 +58,15 @@ class Consumption:
         self._consume(fresh)
 
     def _consume(self, shards: Iterable[int]) -> None:
-        consumer = self._consumer
-        if consumer is None or not shards:
-            return
-        tasks = consumer.task_consumer
+        if self._consumer is not None and shards:
+            self._add_queues(shards)
+            self._consumer.task_consumer.consume()
+
+    def _add_queues(self, shards: Iterable[int]) -> None:
+        tasks = self._consumer.task_consumer
         for shard in sorted(shards):
             queue = self._router.queues[shard]
             tasks._queues[queue.name] = queue(tasks.channel)  # declared by now, or (Redis) by whoever sends to it
-        tasks.consume()
 
     def cancel(self, shards: Iterable[int]) -> int:
         """Consume them no more, and give back what has not started; returns how many messages that were."""

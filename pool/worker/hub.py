@@ -3,13 +3,17 @@
 import asyncio
 import concurrent.futures
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+R = TypeVar("R")
+
 logger = logging.getLogger(__name__)
 
-R = TypeVar("R")
+PAUSE = 0.01
+"""Seconds between two turns of a hub whose connection to the broker is lost."""
 
 
 class HubCalls:
@@ -18,6 +22,7 @@ class HubCalls:
     def __init__(self) -> None:
         self._waiting: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
         self._hub: Any = None
+        self._lost = False  # the connection to the broker, while `turn` stood in for the worker's loop
 
     def attach(self, hub: Any) -> None:
         """Have this hub call them."""
@@ -55,3 +60,19 @@ class HubCalls:
                 callback()
             except Exception:  # one message that cannot be acknowledged must not keep the others
                 logger.exception("a callback of the event loop failed")
+
+    def turn(self) -> None:
+        """Run the hub until something has happened, after Celery has left its loop and with the consumers cancelled.
+
+        So acknowledgements go out, results of prefork children come in, and the broker hears heartbeats, for as long
+        as running tasks take. A lost connection is for nobody to repair any more.
+        """
+        if self._lost:
+            self.run_everything()
+            time.sleep(PAUSE)
+            return
+        try:
+            self._hub.run_once()
+        except Exception as error:
+            logger.warning("lost the broker while tasks still run: they will run again (%s)", error)
+            self._lost = True

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 CLEAR_CHECK = 0.005
 """Seconds between two looks at whether the backends are closed."""
 STOP_CHECK = 0.01
-"""Seconds between two looks at the hub's callbacks while the worker hands its shards over."""
+"""Seconds between two looks at the hub's callbacks in a cold shutdown."""
 
 
 class Tenancy:
@@ -83,9 +83,9 @@ class Tenancy:
     def stop(self) -> None:
         """Hand everything over: idle shards at once, busy ones as their tasks finish. Then leave."""
         self._thread.loop.call_soon_threadsafe(self.coordinator.leave)
+        self._running.add_done_callback(lambda _: self.calls.post(int))  # wakes the hub
         while not self._running.done():
-            self.calls.run_everything()
-            time.sleep(STOP_CHECK)
+            self.calls.turn()
         self._finish()
 
     def terminate(self) -> None:

@@ -4,6 +4,7 @@ A module says what runs in it by overriding `hosts` and `start_nodes`. Those who
 override nothing and ask for `start`.
 """
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ def host_folder(openssh: OpenSshd) -> Iterator[Path]:
 @pytest.fixture
 def ledger(host_folder: Path) -> Ledger:
     """Where builds are written down."""
-    return Ledger(Path(tempfile.mkdtemp(dir=host_folder)) / "ledger")
+    return Ledger(host_folder / f"ledger{len(list(host_folder.iterdir()))}")
 
 
 @pytest.fixture
@@ -155,6 +156,12 @@ def start(site: Site, producer: Producer) -> Iterator[Callable[..., WorkerNode]]
         return nodes[-1]
 
     yield start
+    ending = [node for node in nodes if node.container.status == "running"]
+    for node in ending:  # all of them at once: none needs to take what the others have
+        node.kill("SIGTERM")
+    for node in ending:
+        with contextlib.suppress(AssertionError):
+            node.wait()
     for node in nodes:
         node.container.teardown()
     site.forget_everything()

@@ -59,7 +59,7 @@ class Faults:
         if "busy_hub" in self.kinds:
             for node in self.nodes:
                 node.hub = rng.choice((0.01, 0.3, 1.0))
-        most = 0.12 if "wild_drift" in self.kinds else 0.02 if "drift" in self.kinds else 0.0
+        most = 0.2 if "wild_drift" in self.kinds else 0.02 if "drift" in self.kinds else 0.0
         for node in self.nodes:
             node.rate = 1 + rng.choice((-most, most, rng.uniform(-most, most)))
         self.store.rate = 1 + rng.choice((-most, most, rng.uniform(-most, most)))
