@@ -19,7 +19,7 @@ _rounds = count()
 
 
 def measure(*, quick: bool) -> Report:
-    probes, rounds = (40, 2) if quick else (300, 6)
+    probes, rounds = (30, 1) if quick else (300, 6)
     report = Report("fairness", f"one node, 32 threads; one user with {QUEUED:,} builds of 1 s queued")
     with fleet() as site:
         waits = {"nobody else": _waits(site, probes, flood=False)}
