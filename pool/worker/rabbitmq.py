@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from celery import Celery
+from celery.events.dispatcher import EventDispatcher
 from celery.utils.time import maybe_make_aware
 from kombu import Consumer, Queue
 
@@ -75,6 +76,7 @@ def configure(app: Celery, settings: Settings) -> None:
     conf.broker_heartbeat = min(conf.broker_heartbeat or math.inf, heartbeat(settings.lease_ttl))
     # A publish returns when a majority of the servers has it on disk, or raises.
     conf.broker_transport_options = {"confirm_publish": True, **conf.broker_transport_options}
+    app.events.dispatcher_cls = _UnconfirmedEvents
     app.amqp.Consumer = _consumer_class(app, settings)
     if not isinstance(app.__dict__.get("send_task"), _WholeSeconds):
         app.send_task = _WholeSeconds(app, app.send_task)
@@ -110,6 +112,21 @@ def _consumer_class(app: Celery, settings: Settings) -> type[Consumer]:
             return super()._basic_consume(queue, *args, **kwargs)
 
     return ShardConsumer
+
+
+class _UnconfirmedEvents(EventDispatcher):
+    """A worker's events go out without confirms.
+
+    Tasks send them from their threads, and the worker's event loop reads from the same connection: it would take the
+    confirm that a thread waits for, which keeps the dispatcher locked, and then wait for the lock itself until the
+    server drops the node.
+    """
+
+    def enable(self) -> None:
+        super().enable()
+        if self.channel is None:  # else it is somebody else's
+            channel = self.producer.channel
+            channel.basic_publish = channel._basic_publish
 
 
 # -- delays

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import QUICK, Cluster, build_hosts
+from tests.support.cluster import QUICK, Cluster, build_hosts, group_lives
 from tests.support.openssh import OpenSshd
 from tests.support.site import BROKERS
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.openssh
 
@@ -56,5 +57,32 @@ def test_a_node_that_was_frozen_for_longer_than_its_lease_disturbs_nobody(cluste
         finally:
             one.kill("SIGCONT")
         cluster.wait_working(one, two, three)
+        account = cluster.settled(load)
+    assert not account.wrong
+
+
+def test_a_restart_of_redis_loses_nothing(cluster: Cluster) -> None:
+    """Leases, results and (there) the messages: it stops and comes back with what it had on its disk."""
+    cluster.env |= QUICK
+    nodes = cluster.start("one", "two", "three")
+    with cluster.load() as load:
+        cluster.wait_working(*nodes)
+        cluster.site.valkey.restart()
+        cluster.wait_working(*nodes)
+        account = cluster.settled(load)
+    assert not account.wrong
+
+
+def test_a_redis_that_is_frozen_for_two_lease_times_stops_everything_and_loses_nothing(cluster: Cluster) -> None:
+    """No node can know that it still owns anything: builds end, and run again when the leases can be renewed."""
+    cluster.env |= QUICK
+    nodes = cluster.start("one", "two", "three")
+    with cluster.load() as load:
+        cluster.wait_working(*nodes)
+        running = cluster.wait_busy(nodes[0])
+        with cluster.site.valkey.frozen():
+            wait_until(lambda: not group_lives(running.group), f"{running} ended", 10.0)
+            time.sleep(2.5)  # not to wait for something: Redis is silent for that much longer
+        cluster.wait_working(*nodes)
         account = cluster.settled(load)
     assert not account.wrong

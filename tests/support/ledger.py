@@ -134,13 +134,13 @@ def read(text: str) -> list[Build]:
             ends[words[1]] = int(words[0])
         else:
             raise ValueError(f"not a line of the ledger: {line!r}")
-    return [_build(words, ends.get(id)) for id, words in started.items()]
+    return [_build(words, ends.get(name)) for name, words in started.items()]
 
 
 def _build(words: list[str], ended: int | None) -> Build:
-    began, id, key, epoch, task, worker, seconds, group, _mark, *others = words
+    began, name, key, epoch, task, worker, seconds, group, _mark, *others = words
     beside = tuple((other.split("~")[1], other.split("~")[2]) for other in others)
-    return Build(id, key, int(epoch), task, worker, float(seconds), int(group), int(began), ended, beside)
+    return Build(name, key, int(epoch), task, worker, float(seconds), int(group), int(began), ended, beside)
 
 
 def check(builds: Iterable[Build], sent: Iterable[str], key_concurrency: int, doubtful: Iterable[str] = ()) -> Account:
@@ -180,7 +180,7 @@ def _others(build: Build, builds: list[Build]) -> set[str]:
 def _with_it(build: Build, builds: list[Build]) -> int:
     """How many builds ran right after this one had started. Locks are held a little longer than a task's turn."""
     known = {other.id: other for other in builds}
-    seen = [known[id] for _worker, id in build.beside if id in known]
+    seen = [known[other] for _worker, other in build.beside if other in known]
     return 1 + sum(1 for other in seen if other.began <= build.began and (other.ended or build.began) >= build.began)
 
 

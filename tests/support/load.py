@@ -4,6 +4,7 @@ import itertools
 import threading
 import uuid
 from collections.abc import Sequence
+from typing import Self
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -47,7 +48,7 @@ class Load:
             self.app.conf.broker_transport_options = {"priority_steps": [0], "socket_timeout": 5.0}
         install(self.app, Settings(broker_url=broker_url, shards=env_shards))
 
-    def __enter__(self) -> "Load":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
