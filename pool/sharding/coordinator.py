@@ -1,7 +1,7 @@
 """The coordinator: drives one node's `LeaseMachine` in a thread of its own, off the worker's hub.
 
 It talks to the store at each heartbeat, tells the machine what time it is, and has the worker carry out what the
-machine asks for. What a worker must be able to do is `Worker`, below; `pool.worker.tenancy` is the real one.
+machine asks for. What a worker must be able to do is `Worker`, below; `pool.worker.tenant` is the real one.
 """
 
 import asyncio

@@ -21,7 +21,7 @@ from pool.worker.guard import Guard
 from pool.worker.hub import HubCalls
 from pool.worker.router import ShardRouter
 from pool.worker.takeover import takeover_for
-from pool.worker.tenancy import Tenancy
+from pool.worker.tenant import Tenant
 from pool.worker.transport import ShardConnection, ShardTransport
 
 PREFETCH = {"threads": 2, "prefork": 1, "solo": 1}
@@ -135,12 +135,12 @@ class WarmPool:
         self.turns: Any = None  # whose turn it is, where the execution pool keeps that
         self.calls = HubCalls()
         self.consumption = Consumption(self.router)
-        self.tenancy: Tenancy | None = None
+        self.tenant: Tenant | None = None
         self.takeover = takeover_for(worker.app, settings)
         self.router.agreed = lambda: None  # a node agrees with the others when it joins
         if settings.leased:
             self.guard = Guard(self.ownership)
-            self.tenancy = Tenancy(self, worker.hostname)
+            self.tenant = Tenant(self, worker.hostname)
         else:
             self.takeover.adopt(worker.hostname)
             self.consumption.add(settings.node_shards or ())
