@@ -20,6 +20,7 @@ NAMES = (
     "hot_path",
     "sweep",
     "placement",
+    "simulation",
     "store",
     "cold_warm",
     "affinity",
