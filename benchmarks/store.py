@@ -29,9 +29,9 @@ def measure(*, quick: bool) -> Report:
         site.start(*NODES)
         calls, taken = _calls(leases, seconds)
         report.raw["calls"] = calls
-        beats = taken / Terms().heartbeat
-        report.add("calls per node and heartbeat, of any command", round(sum(calls.values()) / len(NODES) / beats, 2), "",
-                   1.0, remark=", ".join(f"{name} {count}" for name, count in calls.items()))  # fmt: skip
+        each = sum(calls.values()) / len(NODES) / (taken / Terms().heartbeat)
+        remark = ", ".join(f"{name} {count}" for name, count in calls.items())
+        report.add("calls per node and heartbeat, of any command", round(each, 2), "", 1.0, remark=remark)
     for shards in SIZES:
         with scratch() as folder, broker(folder) as url:
             told = asyncio.run(_beats(url, shards, rounds))
