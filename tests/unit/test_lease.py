@@ -150,8 +150,9 @@ def test_the_buried_are_told_to_the_store_until_it_has_heard(bench):
 def test_claimants_that_are_no_members_are_dead(bench):
     """As the broker knew them before the request; a table that was lost has forgotten them."""
     bench.serve(0, 1, 2, 3)
+    bench.machine.registered([ME])
     request = bench.request()
-    bench.machine.registered(["late#1"])
+    bench.machine.registered([ME, "late#1"])
     bench.answer(request)
     assert bench.machine.dead == ()
     bench.machine.registered([ME, "x#1"])
