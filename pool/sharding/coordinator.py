@@ -258,13 +258,13 @@ class Coordinator:
         self._happened("closed", tenancies)
 
     async def _see_the_end(self, overdue: list[Tenancy]) -> None:
-        """Wait until tasks that were ended have given their messages back, and their commands are gone from the host."""
+        """Wait until ended tasks have given their messages back, and their commands are gone from the host."""
         if overdue:
             logger.warning("handing over %s while tasks run: they will run again", _named(overdue))
             await asyncio.sleep(self.machine.terms.margin)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.machine.terms.ttl):
-                    while any(self.worker.busy(tenancy.shard) for tenancy in overdue):
+                    while any(self.worker.busy(tenancy.shard) for tenancy in overdue):  # noqa: ASYNC110 - looked at
                         await asyncio.sleep(IDLE_CHECK)
 
     async def _abandon(self, tenancies: list[Tenancy]) -> None:
