@@ -7,7 +7,7 @@ EXTRAS := test,lint,bench,flower
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.base
-	@$(BIN)/python -m pool.demo $(if $(JSON),--json)
+	@$(BIN)/python -m pool.demo $(if $(KILL),--kill) $(if $(JSON),--json)
 
 test: $(VENV)/.full
 	$(BIN)/python -m pytest $(ARGS)

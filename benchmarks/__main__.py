@@ -16,7 +16,21 @@ from typing import Any
 
 from benchmarks.harness import REPOSITORY, Report, console
 
-NAMES = ("hot_path", "sweep", "placement", "cold_warm", "affinity", "warm_build", "throughput")
+NAMES = (
+    "hot_path",
+    "sweep",
+    "placement",
+    "simulation",
+    "store",
+    "cold_warm",
+    "affinity",
+    "warm_build",
+    "throughput",
+    "fairness",
+    "handoff",
+    "shutdown",
+    "takeover",
+)
 
 
 def main() -> int:

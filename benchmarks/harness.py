@@ -169,7 +169,8 @@ def ssh_hosts(folder: Path, info: Any) -> Path:
 class Worker:
     """A ``celery worker`` process, ready when the context is entered, ended by its pid at the end."""
 
-    def __init__(self, app: str, name: str, env: Mapping[str, str], *options: str) -> None:
+    def __init__(self, app: str, name: str, env: Mapping[str, str], *options: str, log: Path | None = None) -> None:
+        self._log_file = log
         command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", f"{name}@bench", "-l", "WARNING"]
         self._command = [*command, "--without-gossip", "--without-mingle", "--without-heartbeat", *options]
         self._name = name
@@ -182,7 +183,7 @@ class Worker:
         return self._process.pid
 
     def __enter__(self) -> Self:
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile() if self._log_file is None else self._log_file.open("a+b")
         self._process = subprocess.Popen(
             self._command, cwd=REPOSITORY, env=self._env, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
         )
@@ -191,13 +192,22 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.stop()
+        self.kill()
         self._log.close()
+
+    def stop(self, timeout: float = STOP_TIMEOUT) -> int:
+        """TERM; return the exit code. Raises `subprocess.TimeoutExpired`."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(timeout)
+
+    def kill(self) -> None:
+        """KILL; gone when it returns."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
 
     def until(self, ready: Callable[[], Any], what: str, timeout: float = BOOT_TIMEOUT) -> Any:
         """Ask *ready* until it returns something true. Raises `RuntimeError` with the worker's log."""

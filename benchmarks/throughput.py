@@ -80,8 +80,9 @@ def _fill(report: Report, told: dict[str, list[float]], cpu: dict[str, list[floa
         remark = f"{1e3 * p50(cpu[name]) / tasks:.3f} ms CPU; {tasks / p50(seconds):,.0f} tasks/s"
         report.add(f"cost per task: {what}", 1e3 * p50(seconds) / tasks, "ms", remark=remark)
     report.notes.append(
-        "Same threads, concurrency, priority_steps, result settings and prefetch (1 x 8) for all but the row that says"
-        " 4; pooled tasks are acknowledged late, plain ones early unless the row says so. No events."
+        "Same threads, concurrency, priority_steps and result settings. Prefetch: 1 x 8 for plain Celery but for the"
+        " row that says 4, 2 x 8 for shard queues, as install() sets it. Pooled tasks are acknowledged late, plain"
+        " ones early unless the row says so. No events."
     )
 
 

@@ -25,7 +25,7 @@ app.conf.update(
     task_ignore_result=True,
     worker_pool="threads",
     worker_concurrency=CONCURRENCY,
-    worker_prefetch_multiplier=int(os.environ.get("BENCH_PREFETCH", "1")),  # install() sets it to 1
+    worker_prefetch_multiplier=int(os.environ.get("BENCH_PREFETCH", "1")),  # of plain workers; install() sets 2
     task_default_queue=os.environ.get("BENCH_QUEUE", "plain"),
 )
 

@@ -334,7 +334,7 @@ class Lifecycle:
         self._fill_room(now, effects)
 
     def due(self, now: float) -> list[Entry]:
-        """Idle entries past their idle timeout, and those over the cap: oldest release first."""
+        """Idle entries past their idle timeout, and those over the cap, in the order of their release."""
         over = self.total - self.config.max_backends
         found: list[Entry] = []
         for entry in self.idle:
@@ -381,19 +381,14 @@ class Lifecycle:
         """End every pooled backend whose primary matches, now: its users and waiters will see `BackendClosed`."""
         gone = [entry for entry in self.live if entry.pooled and match(entry.identity[0])]
         waiting = [waiter for waiter in self.room if waiter.pooled and match(waiter.identity[0])]
-        self.room = deque(waiter for waiter in self.room if waiter not in waiting)
+        self.room = deque(waiter for waiter in self.room if not (waiter.pooled and match(waiter.identity[0])))
         for entry in gone:
             waiting.extend(entry.waiters)
             entry.waiters.clear()
             self._close(entry, effects)
-        self._send_away(waiting, "the backends of this key were closed", effects)
+        _send_away(waiting, "the backends of this key were closed", effects)
         self._fill_room(now, effects)
         return [entry.identity for entry in gone]
-
-    def _send_away(self, waiting: Iterable[Waiter], why: str, effects: Effects) -> None:
-        for waiter in waiting:
-            waiter.error = BackendClosed(why)
-            effects.append(Wake(waiter))
 
     def register(self, identity: Identity, config: dict[str, Any], backend: Any, now: float, effects: Effects) -> None:
         """Adopt a backend that somebody else connected; one that was there before is retired."""
@@ -413,13 +408,11 @@ class Lifecycle:
     def shutdown(self, effects: Effects) -> None:
         """Admit nobody, send every waiter away, close what is idle. Busy entries are left to `close_rest`."""
         self.shut = True
-        waiting = list(self.room)
-        for entry in self.live:
-            waiting.extend(entry.waiters)
-            entry.waiters.clear()
+        waiting = [*self.room, *(waiter for entry in self.live for waiter in entry.waiters)]
         self.room.clear()
-        self._send_away(waiting, "the pool is closed", effects)
+        _send_away(waiting, "the pool is closed", effects)
         for entry in self.live:
+            entry.waiters.clear()
             if not entry.users:
                 self._close(entry, effects)
 
@@ -494,6 +487,12 @@ class Lifecycle:
         assert self.closing >= 0
         spare = [entry for entry in self.idle if not _says_busy(entry.backend)]
         assert not (self.room and spare and self.total <= self.config.max_backends), "room waiter beside idle"
+
+
+def _send_away(waiting: Iterable[Waiter], why: str, effects: Effects) -> None:
+    for waiter in waiting:
+        waiter.error = BackendClosed(why)
+        effects.append(Wake(waiter))
 
 
 def _says_busy(backend: Any) -> bool:

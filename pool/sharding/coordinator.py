@@ -1,7 +1,7 @@
 """The coordinator: drives one node's `LeaseMachine` in a thread of its own, off the worker's hub.
 
 It talks to the store at each heartbeat, tells the machine what time it is, and has the worker carry out what the
-machine asks for. What a worker must be able to do is `Worker`, below; `pool.worker.tenancy` is the real one.
+machine asks for. What a worker must be able to do is `Worker`, below; `pool.worker.tenant` is the real one.
 """
 
 import asyncio
@@ -73,13 +73,15 @@ class Coordinator:
         self._wake = asyncio.Event()
         self._jobs: set[asyncio.Task[None]] = set()
         self._talking: asyncio.Task[None] | None = None
+        self._listener: asyncio.Task[None]
         self._told_outage = False
 
     # -- the main line
 
     async def run(self) -> None:
         """Take part until the machine has left."""
-        watchers = [asyncio.create_task(self._listen()), asyncio.create_task(self._look_for_forgotten())]
+        self._listener = asyncio.create_task(self._listen())
+        registry = asyncio.create_task(self._look_for_forgotten())
         try:
             while not self.machine.finished:
                 self._wake.clear()
@@ -88,8 +90,8 @@ class Coordinator:
                     self._talking = asyncio.create_task(self._talk(self.machine.request(now())))
                 await self._pause()
         finally:
-            for watcher in watchers:
-                watcher.cancel()
+            self._listener.cancel()
+            registry.cancel()
             self.ownership.trust(0.0)
 
     async def _pause(self) -> None:
@@ -117,7 +119,7 @@ class Coordinator:
         seen = ""
         while True:
             request = self.machine.request(now())
-            answer = await self.store.beat(request)
+            answer = await self._ask(request)
             if answer.verdict == "shards":
                 raise self._refusal(answer)
             if answer.verdict != "name":
@@ -139,10 +141,13 @@ class Coordinator:
             " agree. To change it, stop all nodes first"
         )
 
+    async def _ask(self, request: Request) -> Answer:
+        async with asyncio.timeout(self.machine.terms.ttl / 2):
+            return await self.store.beat(request)
+
     async def _talk(self, request: Request) -> None:
         try:
-            async with asyncio.timeout(self.machine.terms.ttl / 2):
-                answer = await self.store.beat(request)
+            answer = await self._ask(request)
         except (RedisError, OSError, TimeoutError) as error:
             if not self._told_outage:
                 logger.warning("the lease store does not answer (%s: %s)", type(error).__name__, error)
@@ -159,9 +164,9 @@ class Coordinator:
             self._wake.set()
 
     def _hear(self, request: Request, answer: Answer) -> None:
-        instructions = self.machine.answered(request, answer, now())
+        # What has ended is dropped before trust is renewed.
+        self._carry_out(self.machine.answered(request, answer, now()))
         self.ownership.trust(self.machine.trusted_until)
-        self._carry_out(instructions)
         if answer.verdict in ("name", "shards"):
             self.worker.refuse(self._refusal(answer))
 
@@ -260,6 +265,8 @@ class Coordinator:
     async def _rejoin(self) -> None:
         logger.warning("this node was taken for dead: it joins again")
         self.machine.rejoin(await self.worker.renew())
+        self._listener.cancel()
+        self._listener = asyncio.create_task(self._listen())
         self._beat()
 
     # -- from outside, on the loop

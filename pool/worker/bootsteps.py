@@ -99,17 +99,17 @@ class OwnershipStep(bootsteps.StartStopStep):
         extension = worker.app.warm_pool
         extension.calls.attach(worker.hub)
         extension.consumption.turns = extension.turns
-        if extension.tenancy is not None:
+        if extension.tenant is not None:
             with refusals():
-                extension.tenancy.start()
+                extension.tenant.start()
 
     def stop(self, worker: Any) -> None:
-        if worker.app.warm_pool.tenancy is not None:
-            worker.app.warm_pool.tenancy.stop()
+        if worker.app.warm_pool.tenant is not None:
+            worker.app.warm_pool.tenant.stop()
 
     def terminate(self, worker: Any) -> None:
-        if worker.app.warm_pool.tenancy is not None:
-            worker.app.warm_pool.tenancy.terminate()
+        if worker.app.warm_pool.tenant is not None:
+            worker.app.warm_pool.tenant.terminate()
 
 
 class ClaimsStep(bootsteps.StartStopStep):

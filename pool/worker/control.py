@@ -18,8 +18,8 @@ def pool_undrain(state: Any) -> dict[str, str]:
 
 
 def _drain(state: Any, *, on: bool) -> dict[str, str]:
-    tenancy = state.app.warm_pool.tenancy
-    if tenancy is None:
+    tenant = state.app.warm_pool.tenant
+    if tenant is None:
         return {"error": "the shards of this node are fixed by POOL_NODE_SHARDS: stop it instead"}
-    tenancy.drain(on=on)
+    tenant.drain(on=on)
     return {"ok": "draining: its shards go to the other nodes" if on else "taking part again"}

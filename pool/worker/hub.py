@@ -56,7 +56,10 @@ class HubCalls:
         """Stand in for a hub that does not run any more: acknowledgements wait there, too."""
         self.run()
         for callback in self._hub._pop_ready():
-            callback()
+            try:
+                callback()
+            except Exception:  # one message that cannot be acknowledged must not keep the others
+                logger.exception("a callback of the event loop failed")
 
     def turn(self) -> None:
         """Run the hub until something has happened, after Celery has left its loop and with the consumers cancelled.

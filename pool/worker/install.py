@@ -21,7 +21,7 @@ from pool.worker.guard import Guard
 from pool.worker.hub import HubCalls
 from pool.worker.router import ShardRouter
 from pool.worker.takeover import takeover_for
-from pool.worker.tenancy import Tenancy
+from pool.worker.tenant import Tenant
 from pool.worker.transport import ShardConnection, ShardTransport
 
 PREFETCH = {"threads": 2, "prefork": 1, "solo": 1}
@@ -45,7 +45,8 @@ def install(
     Raises `ConfigError`.
     """
     settings = settings or Settings.from_env()
-    settings = replace(settings, broker_url=app.conf.broker_url or settings.broker_url)  # the one that is used
+    broker = app.conf.broker_url or settings.broker_url  # the one that is used
+    settings = replace(settings, broker_url=broker, redis_url=settings.redis_url or _coordination(broker))
     extension = WarmPool(app, settings, backend_class, default_config)
     app.warm_pool = extension
     own_routes = app.conf.task_routes or ()
@@ -72,6 +73,12 @@ def install(
     app.steps["worker"].update((BackendPoolStep, OwnershipStep))
     app.steps["consumer"].update((ClaimsStep, ConsumptionStep))
     return extension
+
+
+def _coordination(broker: Any) -> str | None:
+    """The broker, if leases can be kept there."""
+    plain = isinstance(broker, str) and broker.startswith(("redis", "valkey")) and ";" not in broker
+    return broker if plain else None
 
 
 class WarmPool:
@@ -128,12 +135,12 @@ class WarmPool:
         self.turns: Any = None  # whose turn it is, where the execution pool keeps that
         self.calls = HubCalls()
         self.consumption = Consumption(self.router)
-        self.tenancy: Tenancy | None = None
+        self.tenant: Tenant | None = None
         self.takeover = takeover_for(worker.app, settings)
         self.router.agreed = lambda: None  # a node agrees with the others when it joins
         if settings.leased:
             self.guard = Guard(self.ownership)
-            self.tenancy = Tenancy(self, worker.hostname)
+            self.tenant = Tenant(self, worker.hostname)
         else:
             self.takeover.adopt(worker.hostname)
             self.consumption.add(settings.node_shards or ())

@@ -113,6 +113,20 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     }
 
 
+def test_the_demo_kills_a_node_and_loses_nothing(tmp_path: Path) -> None:
+    """``make demo KILL=1``: builds ran there and run again elsewhere, every build succeeds, each key in one process at a time."""
+    with start_demo(tmp_path / "demo", "--kill", "--json", "--users", "6") as demo:
+        told, progress = demo.communicate(timeout=DEMO_TIMEOUT)
+    assert demo.returncode == 0, progress
+    report = json.loads(told)
+    assert (report["failed"], report["lost"], report["strayed"]) == (0, 0, 0)
+    assert report["builds"] > report["users"] == 6
+    assert 0 < report["users_of_killed"] < 6
+    assert report["cut_off"] > 0
+    assert 3.0 < report["running_again_s"] < 15.0  # from TTL - heartbeat - margin, to what a loaded machine takes
+    assert 3.0 < report["first_finished_s"] <= report["every_user_s"] < 15.0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_demo_leaves_no_process_behind(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C while nodes work: not even Valkey. After kill -9 Valkey may be left, to be found again."""

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import tomllib
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 import pool
+from pool import Settings
 from tests.support.services import require_service
 
 ROOT = Path(pool.__file__).parents[1]
@@ -105,13 +107,13 @@ def test_builds_cannot_reach_the_broker(services: dict[str, dict[str, Any]]) -> 
     assert set(services["node-a"]["networks"]) == {"broker", "builds"}
 
 
-def test_nodes_own_every_shard_once(services: dict[str, dict[str, Any]]) -> None:
-    """The static placement covers all shards, and no shard is on two nodes."""
-    shards: list[int] = []
-    for name in NODES:
-        first, last = services[name]["environment"]["POOL_NODE_SHARDS"].split("-")
-        shards += range(int(first), int(last) + 1)
-    assert sorted(shards) == list(range(int(services["node-a"]["environment"]["POOL_SHARDS"])))
+def test_nodes_share_out_the_shards_by_leases(services: dict[str, dict[str, Any]]) -> None:
+    """No node has shards for good; all count as many shards, on one Redis, and no two have the same name."""
+    nodes = [services[name] for name in sorted(NODES)]
+    assert all(Settings.from_env(node["environment"]).leased for node in nodes)
+    for variable in ("POOL_SHARDS", "POOL_REDIS_URL", "POOL_BROKER_URL"):
+        assert len({node["environment"][variable] for node in [*nodes, services["beat"]]}) == 1
+    assert len({node["command"][node["command"].index("-n") + 1] for node in nodes}) == len(nodes)
 
 
 @pytest.mark.parametrize("name", sorted(NODES))
@@ -126,8 +128,9 @@ def test_healthcheck_of_a_node_asks_that_node(services: dict[str, dict[str, Any]
 
 @pytest.mark.parametrize("name", sorted(NODES))
 def test_node_has_time_for_a_warm_shutdown(services: dict[str, dict[str, Any]], name: str) -> None:
-    """Minutes, not seconds: running tasks finish."""
-    assert str(services[name]["stop_grace_period"]).startswith("5m")
+    """More than the running tasks get to finish: what they leave is handed over, not killed."""
+    minutes, seconds = re.fullmatch(r"(\d+)m(\d+)s", str(services[name]["stop_grace_period"])).groups()
+    assert 60 * int(minutes) + int(seconds) > Settings.from_env(services[name]["environment"]).handoff_timeout
 
 
 @pytest.mark.parametrize("name", sorted(NODES))

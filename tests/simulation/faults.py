@@ -55,11 +55,11 @@ class Faults:
         if "lose" in self.kinds:
             self.weather.lost = rng.choice((0.01, 0.05, 0.2))
         if "late" in self.kinds:
-            self.weather.late = rng.choice((0.01, 0.05, 0.15))
+            self.weather.late = rng.choice((0.01, 0.05, 0.15, 0.4))
         if "busy_hub" in self.kinds:
             for node in self.nodes:
                 node.hub = rng.choice((0.01, 0.3, 1.0))
-        most = 0.12 if "wild_drift" in self.kinds else 0.02 if "drift" in self.kinds else 0.0
+        most = 0.2 if "wild_drift" in self.kinds else 0.02 if "drift" in self.kinds else 0.0
         for node in self.nodes:
             node.rate = 1 + rng.choice((-most, most, rng.uniform(-most, most)))
         self.store.rate = 1 + rng.choice((-most, most, rng.uniform(-most, most)))
@@ -178,6 +178,7 @@ class Faults:
                 node.boot()
             else:
                 self._boot_when_gone(node)
+            self._order(node, "undrain")  # orders that reached a stopped node were carried out in no order
         staying = [node for node in self.nodes if node.process and not node.process.machine.leaving]
         if len(staying) > 1 and self.world.rng.random() < 0.4:
             self._order(self.world.rng.choice(staying), "drain")

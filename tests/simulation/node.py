@@ -24,7 +24,7 @@ from pool.sharding.lease import LeaseMachine, Request, Terms
 from tests.simulation.world import Broker, Exchange, Hosts, Line, Message, Run, Store, World
 
 CAPACITY = 6  # tasks that a process runs at once
-POLL = 0.3  # seconds between two looks into the queues
+POLL = 0.5  # seconds between two looks into the queues
 CALL_TIMEOUT = 0.5  # seconds until a connection to the broker is given up
 PULSE = 1.0
 
@@ -136,7 +136,7 @@ class Process:
     def told(self, instructions: Iterable[Instruction]) -> None:
         """Do as the machine says; called after every event."""
         for instruction in instructions:
-            self._DO[type(instruction)](self, instruction)
+            getattr(self, self._DO[type(instruction)])(instruction)
         machine = self.machine
         machine.check_invariants(self.node.clock())
         if machine.finished:
@@ -276,14 +276,17 @@ class Process:
         self._armed = inf
         self._beat()
 
+    def _beat_now(self, instruction: Beat) -> None:
+        self._beat()
+
     _DO = {
-        Restore: _restore,
-        Serve: _serve,
-        Stop: _stop,
-        Close: _close,
-        Abandon: _abandon,
-        Beat: lambda self, instruction: self._beat(),
-        Rejoin: _rejoin,
+        Restore: "_restore",
+        Serve: "_serve",
+        Stop: "_stop",
+        Close: "_close",
+        Abandon: "_abandon",
+        Beat: "_beat_now",
+        Rejoin: "_rejoin",
     }
 
     def _advance(self) -> None:

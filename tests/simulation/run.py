@@ -1,5 +1,6 @@
 """One seed: a world with its nodes, its work and its faults, run to the end and checked."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from random import Random
 
@@ -30,15 +31,19 @@ class Result:
         return max((end - begin for _, begin, end in overlaps(self.trace)), default=0.0)
 
 
-def simulate(seed: int, *, beyond: bool = False) -> Result:
-    """Run *seed*; with *beyond*, under at least one fault under which exclusivity is not promised."""
+def simulate(seed: int, *, beyond: bool = False, kinds: Collection[str] = ()) -> Result:
+    """Run *seed*, under a choice of faults that is its own, or under *kinds*.
+
+    *beyond*: one of them is a fault under which exclusivity is not promised, and is not checked.
+    """
     world = World(seed)
     rng, weather = world.rng, Weather()
     services = Store(world, weather, 1.0), Broker(world, weather), Hosts(world)
     store, broker, _ = services
     shards = rng.choice((4, 8, 8, 16))
     nodes = [Node(world, f"n{i}", services, shards, TERMS) for i in range(rng.randint(2, 5))]
-    kinds = _kinds(rng, beyond=beyond)
+    kinds = set(kinds) or _kinds(rng, beyond=beyond)
+    world.fact("faults", *sorted(kinds))
     store.server.publish = lambda incarnation: _call(world, store, nodes, incarnation)
     faults = Faults(world, services, nodes, weather, kinds, FAULTS_STOP)
     for node in nodes:

@@ -192,6 +192,15 @@ class LifecycleMachine(RuleBasedStateMachine):
         self.decide(self.life.close_key, key, self.now)
         assert not [identity for identity in self.life.entries if identity[0] == key and not self.life.room]
 
+    @rule(keys=st.sets(st.sampled_from("abcd")))
+    def expel(self, keys: set[str]) -> None:
+        """Keys that this process must not work for any more."""
+        self.forced = True
+        self.decide(self.life.expel, keys.__contains__, self.now)
+        self.forced = False
+        assert not [waiter for waiter in self.waiting if waiter.pooled and waiter.identity[0] in keys]
+        assert not [entry for entry in self.life.live if entry.pooled and entry.identity[0] in keys]
+
     @rule(key=st.sampled_from("abcd"), max_users=st.sampled_from([None, 1]))
     def register(self, key: str, max_users: int | None) -> None:
         thing = Thing((key, "x"), {}, max_users)

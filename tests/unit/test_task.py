@@ -18,7 +18,8 @@ from pool.worker.task import MIN_RETRY_DELAY, PooledTask
 def app(tmp_path) -> Any:
     app = Celery("task", broker="memory://", backend="cache+memory://", set_as_current=False)
     app.conf.update(task_always_eager=True, task_store_eager_result=True, task_eager_propagates=False)
-    settings = Settings(shards=8, data_dir=tmp_path, pool=PoolConfig(acquire_timeout=5))
+    pool = PoolConfig(acquire_timeout=5)
+    settings = Settings(shards=8, node_shards=tuple(range(8)), data_dir=tmp_path, pool=pool)
     extension = install(app, settings, backend_class=MemoryBackend)
     yield app
     extension.close(grace=0.0)
@@ -250,6 +251,51 @@ def test_called_as_a_function_a_task_raises_what_it_raises(app):
     """No message, no retry."""
     with pytest.raises(BackendUnavailable):
         make(app, unavailable(3.0))("u1")
+
+
+LOST = [BackendClosed("closed"), NotOwner("lost"), BackendUnavailable("cut", "lost", 1.0)]
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+def test_whatever_ends_a_task_whose_shard_was_lost_sends_the_message_back(error, app):
+    """The new owner runs it: no failure is recorded, no second message made by a retry."""
+
+    def body(self: Any) -> None:
+        app.warm_pool.ownership.drop(shard_of("u1", app.warm_pool.settings.shards))
+        raise error
+
+    task = make(app, body)
+    queue = app.warm_pool.queue_for("u1")
+    with Message(task, "u1", delivery_info={"routing_key": queue}), pytest.raises(Reject) as caught:
+        task("u1")
+    assert caught.value.requeue
+
+
+def test_a_task_that_came_by_another_shard_fails_where_it_is_told(app):
+    """Its producer counts other shards: sent back, it would come for ever."""
+    settings = app.warm_pool.settings
+    queue = app.warm_pool.router.queues[(shard_of("u1", settings.shards) + 1) % settings.shards].name
+    task = make(app, lambda self, key: self.acquire_backend())
+    with (
+        Message(task, "u1", delivery_info={"routing_key": queue}),
+        pytest.raises(NotOwner, match=f"count other than {settings.shards}"),
+    ):
+        task.acquire_backend()
+
+
+def test_a_backend_is_given_back_if_the_shard_was_lost_meanwhile(app, monkeypatch):
+    """Connecting takes time; nobody would close what is made after the others were."""
+    task = make(app, lambda self: None)
+    acquire = app.warm_pool.pool.acquire_backend
+
+    def slowly(*args: Any) -> Any:
+        app.warm_pool.ownership.drop(shard_of("u1", app.warm_pool.settings.shards))
+        return acquire(*args)
+
+    monkeypatch.setattr(app.warm_pool.pool, "acquire_backend", slowly)
+    with Message(task, "u1"), pytest.raises(NotOwner):
+        task.acquire_backend()
+    assert app.warm_pool.pool.get_stats().active_backends == 0
 
 
 def test_a_backend_closed_by_a_stopping_node_sends_the_message_back(app):

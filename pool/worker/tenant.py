@@ -33,11 +33,16 @@ STOP_CHECK = 0.01
 """Seconds between two looks at the hub's callbacks in a cold shutdown."""
 
 
-class Tenancy:
+class Tenant:
     """Implements `pool.sharding.coordinator.Worker` with the parts of *extension* (a `WarmPool`)."""
 
     def __init__(self, extension: Any, node: str) -> None:
         self.settings: Settings = extension.settings
+        if self.settings.redis_url is None:
+            raise ConfigError(
+                "POOL_REDIS_URL is not set and the broker is no Redis: leases need one. Set it, or give each node"
+                " shards of its own (POOL_NODE_SHARDS)"
+            )
         self.ownership: Ownership = extension.ownership
         self.guard: Guard = extension.guard
         self.consumption: Consumption = extension.consumption
@@ -50,6 +55,7 @@ class Tenancy:
         self.takeover.adopt(self.machine.incarnation)
         self._thread: LoopThread
         self._running: Future[None]
+        self._finishing = False
 
     # -- the life of the worker; on its main thread
 
@@ -63,6 +69,14 @@ class Tenancy:
             raise
         self.takeover.fenced = lambda: self._thread.loop.call_soon_threadsafe(self.coordinator.outlawed)
         self._running = self._thread.spawn(self.coordinator.run()).future
+        self._running.add_done_callback(self._ended)
+
+    def _ended(self, running: Future[None]) -> None:
+        """A node without its coordinator owns nothing any more; it must not pretend to take part."""
+        error = running.exception()
+        if error is not None and not self._finishing:
+            logger.critical("the coordinator failed: this node stops", exc_info=error)
+            state.should_stop = os.EX_SOFTWARE
 
     async def _join(self) -> None:
         self._client = Redis.from_url(plain_url(str(self.settings.redis_url)), decode_responses=True)
@@ -93,12 +107,11 @@ class Tenancy:
         self._finish()
 
     def _finish(self) -> None:
+        self._finishing = True  # it may be cut short now
         self.calls.run_everything()
         with contextlib.suppress(Exception):
             self._thread.run(self._client.aclose())
         self._thread.stop()
-        if self._running.done() and (error := self._running.exception()) is not None:
-            logger.error("the coordinator ended with an error", exc_info=error)
 
     def drain(self, *, on: bool) -> None:
         """Hand everything over without stopping, or take part again; from any thread."""

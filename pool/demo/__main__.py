@@ -1,0 +1,62 @@
+"""``python -m pool.demo``: run the demo; exit code 0 only if it shows what is promised."""
+
+import argparse
+import json
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import pool.demo
+from pool.demo.affinity import Affinity
+from pool.demo.stage import DemoError, Stage
+from pool.demo.takeover import Takeover
+
+
+def main() -> int:
+    """Run the demo; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pool.demo", description=pool.demo.__doc__)
+    parser.add_argument("--kill", action="store_true", help="kill -9 one of three nodes while builds run")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--users", type=int, default=12)
+    parser.add_argument("--tasks", type=int, default=300, help="in all; at least 3 for each user; not with --kill")
+    parser.add_argument("--folder", type=Path, default=Path(".pool/demo"), help="made anew; keeps the logs")
+    options = parser.parse_args()
+    if options.users < 1 or options.tasks < 3 * options.users:
+        parser.error("--users must be 1 or more, and --tasks at least 3 for each user")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    console = Console(stderr=options.json)
+    try:
+        with Stage(options.folder, console) as stage:
+            demo: Any = (
+                Takeover(stage, options.users) if options.kill else Affinity(stage, options.users, options.tasks)
+            )
+            report = demo.run()
+    except KeyboardInterrupt:
+        console.print("interrupted; everything was stopped")
+        return 130
+    except DemoError as error:
+        console.print(f"[red]{error}")
+        return 1
+    if options.json:
+        print(json.dumps(asdict(report)))
+    else:
+        demo.show(report)
+    if not report.ok:
+        console.print(f"[red]not as promised; logs are in {options.folder}")
+    return 0 if report.ok else 1
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    """TERM and HUP end the demo as Ctrl-C does; a second one does not disturb the clean-up."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
