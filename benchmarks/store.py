@@ -22,19 +22,19 @@ INSIDE = {"time", "info", "hget", "hset", "hexists", "hgetall", "hkeys", "zadd",
 
 
 def measure(*, quick: bool) -> Report:
-    seconds, beats = (5.0, 50) if quick else (30.0, 500)
-    report = Report("store", f"{len(NODES)} quiet nodes for {seconds:g} s; {beats} beats of one of {MEMBERS} members")
+    seconds, rounds = (5.0, 50) if quick else (30.0, 500)
+    report = Report("store", f"{len(NODES)} quiet nodes for {seconds:g} s; {rounds} beats of one of {MEMBERS} members")
     with scratch() as folder, broker(folder) as url, broker(folder / "coordination") as leases, ExitStack() as stack:
         site = Fleet(folder, url, stack, POOL_REDIS_URL=leases, POOL_RESULT_URL=url)
         site.start(*NODES)
         calls, taken = _calls(leases, seconds)
         report.raw["calls"] = calls
-        beats_that_fit = len(NODES) * (1 + int(taken / Terms().heartbeat))
-        report.add("calls per node and heartbeat, of any command", sum(calls.values()) / beats_that_fit, "", 1.0,
-                   remark=", ".join(f"{name} {count}" for name, count in calls.items()))  # fmt: skip
+        each = sum(calls.values()) / len(NODES) / (taken / Terms().heartbeat)
+        remark = ", ".join(f"{name} {count}" for name, count in calls.items())
+        report.add("calls per node and heartbeat, of any command", round(each, 2), "", 1.0, remark=remark)
     for shards in SIZES:
         with scratch() as folder, broker(folder) as url:
-            told = asyncio.run(_beats(url, shards, beats))
+            told = asyncio.run(_beats(url, shards, rounds))
         report.raw[f"ms, {shards} shards"] = told
         for what, values in told.items():
             report.add(f"{shards:,} shards: {what}", p50(values), "ms", remark=spread(values))
@@ -92,7 +92,20 @@ async def _beats(url: str, shards: int, beats: int) -> dict[str, list[float]]:
 
 
 def _request(node: str, takes: Iterable[int]) -> Request:
-    return Request(f"{node}/1", node, "active", "", 0, 0, tuple(takes), (), (), (), 0.0)
+    return Request(
+        incarnation=f"{node}/1",
+        node=node,
+        state="active",
+        born="",
+        seen=0,
+        floor=0,
+        takes=tuple(takes),
+        releases=(),
+        asserts=(),
+        buried=(),
+        elapsed=1.0,
+        sent=0.0,
+    )
 
 
 async def _timed(store: RedisStore, request: Request) -> tuple[float, Answer]:

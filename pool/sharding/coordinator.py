@@ -253,8 +253,19 @@ class Coordinator:
 
     async def _close(self, tenancies: list[Tenancy]) -> None:
         await self.worker.clear()
+        await self._see_the_end([tenancy for tenancy in tenancies if "overdue" in tenancy.history])
         logger.info("handed over %s", _named(tenancies))
         self._happened("closed", tenancies)
+
+    async def _see_the_end(self, overdue: list[Tenancy]) -> None:
+        """Wait until tasks that were ended have given their messages back, and their commands are gone from the host."""
+        if overdue:
+            logger.warning("handing over %s while tasks run: they will run again", _named(overdue))
+            await asyncio.sleep(self.machine.terms.margin)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.machine.terms.ttl):
+                    while any(self.worker.busy(tenancy.shard) for tenancy in overdue):
+                        await asyncio.sleep(IDLE_CHECK)
 
     async def _abandon(self, tenancies: list[Tenancy]) -> None:
         logger.warning("lost the leases of %s: ending what runs under them", _named(tenancies))

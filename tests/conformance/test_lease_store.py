@@ -262,6 +262,7 @@ def test_epochs_grow_after_the_meta_key_was_deleted(rig):
     a.beat(takes=[7])
     epoch = a.owned()[7]
     rig.forget_meta()
+    assert set(b.beat().members) == {b.incarnation}
     rig.until(lambda: b.beat(takes=[7]) and 7 in b.owned(), "the shard is taken again")
     assert b.owned()[7] > epoch
     assert set(b.members) == {b.incarnation}
@@ -401,6 +402,18 @@ def test_an_assert_does_not_take_from_an_equal_owner(rig):
     a.beat(takes=[3])
     b.beat(asserts=[(3, a.owned()[3])])
     assert b.leases[3].owner == a.incarnation
+
+
+def test_a_lease_that_nobody_has_can_be_asserted_under_its_own_epoch(rig):
+    """Its last holder still holds it; a lower epoch is not believed."""
+    a, b = pair(rig)
+    a.beat(takes=[3])
+    epoch = a.owned()[3]
+    a.beat(releases=[(3, epoch, "")])
+    b.beat(asserts=[(3, epoch - 1)])
+    assert b.leases[3].owner == ""
+    a.beat(asserts=[(3, epoch)])
+    assert a.leases[3] == Lease(epoch, a.incarnation)
 
 
 def test_new_epochs_are_above_asserted_ones(rig):
