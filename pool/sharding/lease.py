@@ -129,6 +129,7 @@ class LeaseMachine:
         self.incarnation = incarnation
         self.joined = False
         self.fenced = False
+        self._rejoining = False
         self.claimants: frozenset[str] = frozenset()
         self.born = ""
         self.version = 0
@@ -336,8 +337,14 @@ class LeaseMachine:
         return done
 
     def _rejoin(self) -> list[Instruction]:
-        """A node that was taken for dead comes back under a new name once nothing of its old life is left."""
-        return [Rejoin()] if self.fenced and not self.tenancies else []
+        """A node that was taken for dead comes back under a new name once nothing of its old life is left.
+
+        Once, though it may hear of its death twice: two new names would each find the other one alive.
+        """
+        if not self.fenced or self.tenancies or self._rejoining:
+            return []
+        self._rejoining = True
+        return [Rejoin()]
 
     def rejoin(self, incarnation: str) -> None:
         """Begin again, as *incarnation*."""

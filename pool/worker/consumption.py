@@ -1,5 +1,6 @@
 """Which shard queues this node consumes: added and cancelled on the hub thread, and emptied of what has not started."""
 
+import contextlib
 import logging
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -75,8 +76,13 @@ class Consumption:
         if self._consumer is None:
             return 0
         for shard in sorted(gone):
-            self._consumer.task_consumer.cancel_by_queue(self._router.queues[shard].name)
+            with self._maybe_lost():
+                self._consumer.task_consumer.cancel_by_queue(self._router.queues[shard].name)
         return self._give_back(gone)
+
+    def _maybe_lost(self) -> Any:
+        """The broker may have dropped a node that was frozen, and has its messages back then; Celery reconnects."""
+        return contextlib.suppress(*self._consumer.connection_errors)
 
     def cancel_all(self) -> int:
         """`cancel` for every shard: the worker shuts down."""
@@ -91,7 +97,8 @@ class Consumption:
             channel.give_back([request.message.delivery_tag for request in found])
         else:  # RabbitMQ puts each in front of what has not been delivered yet, so the oldest goes first
             for request in sorted(found, key=lambda request: int(request.message.delivery_tag)):
-                request.message.requeue()
+                with self._maybe_lost():
+                    request.message.requeue()
         for request in found:
             request.acknowledged = True
             state.requests.pop(request.id, None)

@@ -41,7 +41,8 @@ def install(
     the environment. Backends come from the hosts file of the settings, or from *backend_class* with *default_config*.
 
     What the app has of its own stays: its routes (ours come first and concern keyed tasks only), queues, beat
-    entries. ``worker_pool``, ``worker_concurrency`` and ``worker_prefetch_multiplier`` are set from the settings.
+    entries. ``worker_pool``, ``worker_concurrency`` and ``worker_prefetch_multiplier`` are set from the settings, and
+    ``result_backend_always_retry`` is on.
     Raises `ConfigError`.
     """
     settings = settings or Settings.from_env()
@@ -57,6 +58,7 @@ def install(
         worker_pool=settings.execution,
         worker_concurrency=settings.tasks_at_once,
         worker_prefetch_multiplier=PREFETCH[settings.execution],
+        result_backend_always_retry=True,  # or a task fails that cannot say it has started, before it has run
         beat_schedule={**extension.beat_schedule(), **app.conf.beat_schedule},
     )
     app.amqp.Connection = ShardConnection

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from tests.support.celery_nodes import WorkerNode
-from tests.support.cluster import QUICK, Cluster, build_hosts, group_lives
+from tests.support.celery_nodes import WorkerNode, group_members
+from tests.support.cluster import QUICK, Cluster, build_hosts
 from tests.support.openssh import OpenSshd
 from tests.support.proxy import Proxy
 from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site
@@ -65,7 +65,7 @@ def test_a_node_that_is_cut_off_from_the_leases_ends_its_build_before_another_ru
         [other] = cluster.start("other", env=QUICK)
         proxy.cut()
         again = gate.wait_started(runs=2)
-        assert not group_lives(group)
+        assert not group_members(group)
         gate.open()
         assert result.get(timeout=RESULT_TIMEOUT)["node"] == other.hostname()
         assert again != group

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import QUICK, Cluster, build_hosts, group_lives
+from tests.support.celery_nodes import group_members
+from tests.support.cluster import QUICK, Cluster, build_hosts
 from tests.support.openssh import OpenSshd
 from tests.support.site import BROKERS
 from tests.support.waiting import wait_until
@@ -81,7 +82,7 @@ def test_a_redis_that_is_frozen_for_two_lease_times_stops_everything_and_loses_n
         cluster.wait_working(*nodes)
         running = cluster.wait_busy(nodes[0])
         with cluster.site.valkey.frozen():
-            wait_until(lambda: not group_lives(running.group), f"{running} ended", 10.0)
+            wait_until(lambda: not group_members(running.group), f"{running} ended", 10.0)
             time.sleep(2.5)  # not to wait for something: Redis is silent for that much longer
         cluster.wait_working(*nodes)
         account = cluster.settled(load)

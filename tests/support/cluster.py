@@ -1,14 +1,13 @@
 """Several nodes that share the shards out by leases, under a load of builds that the build host keeps a ledger of."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from celery import states
 from redis.exceptions import RedisError
 
-from tests.support.celery_nodes import WorkerNode
+from tests.support.celery_nodes import WorkerNode, group_members
 from tests.support.ledger import Account, Build, Ledger, check
 from tests.support.load import Load
 from tests.support.openssh import OpenSshd
@@ -79,7 +78,7 @@ class Cluster:
 
         def running() -> Build | None:
             found = [b for b in self.ledger.builds() if b.node == node.hostname() and not b.ended]
-            return next((b for b in reversed(found) if b.seconds >= 2.0 and group_lives(b.group)), None)
+            return next((b for b in reversed(found) if b.seconds >= 2.0 and group_members(b.group)), None)
 
         return wait_until(running, f"a long build runs at {node.hostname()}", timeout, every=0.05)
 
@@ -116,12 +115,3 @@ class Cluster:
                 return {"redis": repr(error)}
         results = dict(zip(tasks, (json.loads(text) if text else {} for text in found), strict=True))
         return {task: result for task, result in results.items() if result.get("status") != states.SUCCESS}
-
-
-def group_lives(group: int) -> bool:
-    """Whether a process of the group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -361,6 +361,18 @@ def test_a_node_that_was_taken_for_dead_comes_back_as_another_when_nothing_is_le
     assert (request.incarnation, request.born, request.seen) == ("a#2", "", 0)
 
 
+def test_a_node_that_hears_of_its_death_twice_rejoins_once(bench):
+    """From the broker and from the table: two new names would each be refused because of the other."""
+    bench.serve(0)
+    bench.call("outlawed")
+    assert bench.happened("abandoned", 0) == [Rejoin()]
+    assert bench.call("outlawed") == []
+    assert bench.tick() == []
+    bench.machine.rejoin("a#2")
+    bench.beat(members={"a#2": "active"}, leases={})
+    assert bench.call("outlawed") == [Rejoin()]
+
+
 def test_an_answer_to_the_former_incarnation_is_ignored(bench):
     """It may come after the rejoin."""
     request = bench.request()
