@@ -13,7 +13,8 @@ A trace is a list of facts ``(kind, time, ...)``, times in true seconds::
 
 **Promised under every ordinary fault** (nodes that pause, crash, restart, leave, drain; partitions from the store, the broker
 and the build hosts; messages lost, or executed with the answer lost, or up to 9 s late; a store or broker that is
-frozen; a store that is restarted, or fails over and loses its last writes; clocks that drift by 2 % each way):
+frozen; a store that is restarted, or fails over and loses its last writes; clocks that drift by 2 % each way; a
+store whose clock jumps ahead):
 
 - `one_owner`: no shard is served under two epochs, or by two nodes, at once. A node that is stopped serves nothing.
 - `one_process`: no key is executed by two processes at once. What is being killed still counts as executing.
@@ -22,7 +23,7 @@ frozen; a store that is restarted, or fails over and loses its last writes; cloc
 - `undisturbed`: restarts, failovers and flushes of the store alone, with busy hubs and drift, cost no running task: none
   is killed before a handoff may have been overdue.
 
-**Promised under those and the faults beyond** (a flushed store, a store's clock that jumps, clocks that drift by 20 %), too:
+**Promised under those and the faults beyond** (a flushed store, a store's clock that jumps back, clocks that drift by 20 %), too:
 
 - `nothing_lost`: every task is done at least once, and is settled only then.
 - `owned_again`: once faults stop, no shard goes unserved for longer than TTL + 2 heartbeats + `DETECTION`; where the
@@ -33,7 +34,8 @@ frozen; a store that is restarted, or fails over and loses its last writes; cloc
 **Not promised beyond the ordinary faults**: `one_owner`, `one_process`, `order`, `epochs_grow`.
 *Flush*: a node that comes first may take a shard after 1.2 heartbeats, while a survivor that could not speak up meanwhile
 still trusts its lease: at most TTL - margin - 1.2 heartbeats, and what a kill takes.
-*Jump*: the store's lease clock follows a jump by up to the margin, so that drift and kills have nothing left of it.
+*Jump back*: if the table is set back as well, and no node remembers what it has forgotten, epochs begin at a lower one.
+Exclusivity is not touched: the lease clock never goes back, and never faster than the clock of the node that asks.
 *Drift*: with TTL 5 s and margin 1 s, a node that is slow by d and a store that is fast by d need
 ``(ttl - margin) / (1 - d) + 0.5 s to kill + 0.15 s on the way < ttl / (1 + d)``: the promise ends at about d = 3.8 %.
 Each overlap is bounded, and `overlaps` measures it.

@@ -9,10 +9,11 @@ from tests.simulation.world import Broker, Hosts, Store, Weather, World
 ORDINARY = (
     "pause", "crash", "cut_store", "cut_broker", "cut_hosts", "freeze_store", "stop_store", "restart_store", "fail_over",
     "freeze_broker", "drain", "leave", "busy_hub", "lose", "late", "drift",
+    "jump",
 )  # fmt: skip
 """Faults under which everything is promised."""
 
-BEYOND = ("flush", "jump", "wild_drift")
+BEYOND = ("flush", "jump_back", "wild_drift")
 """Faults under which a key may be executed twice for a bounded time; see `checkers`."""
 
 
@@ -130,7 +131,10 @@ class Faults:
         self.store.server.flush()
 
     def jump(self, rng: Random) -> None:
-        self.store.jump += rng.choice((-3600.0, -2.0, 0.5, 2.0, 3600.0))
+        self.store.jump += rng.choice((0.5, 2.0, 3600.0))
+
+    def jump_back(self, rng: Random) -> None:
+        self.store.jump -= rng.choice((0.5, 2.0, 3600.0))
 
     def _reborn(self) -> None:
         self.world.fact("reborn")

@@ -133,17 +133,17 @@ MUTATIONS = {
         ],
         "one_owner",
         40,
-        (),
+        ("fail_over", "leave", "drain"),
     ),
     "asserts are not sent": Mutation([(LeaseMachine, "request", _asserts_nothing)], "undisturbed", 10, ("flush",)),
     "a table that was set back is believed": Mutation(
-        [(LeaseMachine, "_may_assert", _always)], "epochs_grow", 30, ("fail_over", "leave", "pause")
+        [(LeaseMachine, "_may_assert", _always)], "epochs_grow", 40, ("fail_over", "leave", "drain", "cut_store")
     ),
     "a lease is released before its work has ended": Mutation(
         [(Process, "_close", _closes_at_once)], "one_process", 10, ()
     ),
     "a release without an answer is forgotten": Mutation(
-        [(LeaseMachine, "_lapse", _gives_up_releases)], "one_owner", 30, ("freeze_store", "late", "drain", "lose")
+        [(LeaseMachine, "_lapse", _gives_up_releases)], "one_owner", 200, ("freeze_store", "leave", "drain")
     ),
     "epochs are counted by the table alone": Mutation(
         [(lease_store._Run, "_next_epoch", _counts)], "epochs_grow", 60, ("flush", "crash")

@@ -449,7 +449,24 @@ def test_the_next_request_is_due_a_heartbeat_after_the_last(bench):
     assert bench.machine.deadline == 101.0
 
 
-@pytest.mark.parametrize(("ttl", "heartbeat", "margin"), [(5, 1, 1), (20, 1, 4), (5, 2, 2)])
-def test_the_margin_is_a_fifth_of_the_ttl_and_not_below_the_heartbeat(ttl, heartbeat, margin):
-    """The store's clock advances by it between two requests at most, and has to keep up."""
+@pytest.mark.parametrize(("ttl", "heartbeat", "margin"), [(5, 1, 1), (20, 1, 4), (5, 2, 1)])
+def test_the_margin_is_a_fifth_of_the_ttl(ttl, heartbeat, margin):
+    """Whatever the heartbeat."""
     assert Terms(ttl, heartbeat).margin == margin
+
+
+def test_a_request_says_how_long_ago_the_one_before_was_sent(bench):
+    """By the node's own clock; the first one has none before it."""
+    assert bench.request().elapsed == 0
+    bench.now += 1.5
+    assert bench.request().elapsed == 1.5
+
+
+def test_a_wish_that_came_to_nothing_waits_for_the_heartbeat(bench):
+    """A release that the table does not follow is no reason to ask all the time."""
+    shard = moving(bench)[0]
+    for event in ("stopped", "idle", "closed"):
+        bench.happened(event, shard)
+    assert bench.beat() == []
+    assert bench.state(shard) == "releasing"
+    assert bench.request().releases == (Release(shard, 10, OTHER),)
