@@ -287,8 +287,10 @@ class Coordinator:
         self._carry_out(self.machine.leave(now()))
         self._wake.set()
 
-    def outlawed(self) -> None:
-        """The broker takes this incarnation for dead."""
+    def outlawed(self, incarnation: str) -> None:
+        """The broker takes an incarnation for dead; a former one is no news."""
+        if incarnation != self.machine.incarnation:
+            return
         self._carry_out(self.machine.outlawed(now()))
         self.ownership.trust(self.machine.trusted_until)
         self._wake.set()

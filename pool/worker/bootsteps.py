@@ -104,8 +104,14 @@ class OwnershipStep(bootsteps.StartStopStep):
                 extension.tenant.start()
 
     def stop(self, worker: Any) -> None:
-        if worker.app.warm_pool.tenant is not None:
-            worker.app.warm_pool.tenant.stop()
+        """Give back what has not started and wait for what runs, with the hub turning: the broker hears heartbeats."""
+        extension = worker.app.warm_pool
+        if extension.tenant is not None:
+            extension.tenant.stop()
+            return
+        extension.consumption.cancel_all()
+        while extension.consumption.working:
+            extension.calls.turn()
 
     def terminate(self, worker: Any) -> None:
         if worker.app.warm_pool.tenant is not None:

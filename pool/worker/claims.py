@@ -114,8 +114,8 @@ class Claims:
         """Delivery tag -> claim, of all messages that this process has in hand."""
         self.running: Callable[[], Collection[str]] = tuple
         """Tells the delivery tags whose tasks run in this process: they are not given back when a channel closes."""
-        self.on_fenced: Callable[[], None] = lambda: None
-        """Called before `Fenced` is raised."""
+        self.on_fenced: Callable[[str], None] = lambda claimant: None  # noqa: ARG005
+        """Called with the claimant before `Fenced` is raised."""
         self.behind = True
         """Whether `catch_up` has something to do: at the start, and after each reconnect."""
         self._keys = _keys(namespace, claimant)
@@ -131,7 +131,7 @@ class Claims:
     def register(self, client: Any) -> None:
         """Enter the registry as alive. Raises `Fenced`."""
         if not _call(client, _REGISTER, self._keys, [self.claimant]):
-            self.on_fenced()
+            self.on_fenced(self.claimant)
             raise Fenced(f"claimant {self.claimant} is fenced")
 
     def take(self, client: Any, queues: Sequence[str], credit: int, limit: int = 1) -> tuple[list[Claim], set[str]]:
@@ -148,7 +148,7 @@ class Claims:
             except Exception as error:
                 self.behind = True
                 if isinstance(error, ResponseError) and str(error).startswith("FENCED"):
-                    self.on_fenced()
+                    self.on_fenced(self.claimant)
                     raise Fenced(f"claimant {self.claimant} may take nothing: {str(error)[7:]}") from None
                 raise
             claims = [Claim(name.decode(), queues[queue], payload) for name, queue, payload in taken]

@@ -148,6 +148,11 @@ class Consumption:
 
     # -- from any thread
 
+    @property
+    def working(self) -> bool:
+        """Whether any task is running, of a shard or not."""
+        return bool(requests(state.active_requests))
+
     def busy(self, shard: int) -> bool:
         """Whether a task of the shard is still running. Any thread."""
         known = requests(state.reserved_requests) | requests(state.active_requests)

@@ -61,19 +61,23 @@ def shard_prefetch(settings: Settings) -> int:
     return min(2 * settings.key_concurrency, settings.tasks_at_once)
 
 
-def heartbeat(lease_ttl: float) -> int:
+def heartbeat(lease_ttl: float, silence: float = 0.0) -> int:
     """Seconds between AMQP heartbeats, a whole number: a node that is silent for 2 to 3 of them is dropped.
+
+    *silence*: seconds for which a healthy node may be silent, as in a soft shutdown, which sleeps.
 
     Half of the lease's time: a frozen node loses its connection about when its leases end. 1 s is the least that the
     protocol has; a worker that does not get to its event loop for a second would then be dropped while it works.
     """
-    return max(1, int(lease_ttl / 2))
+    return max(1, int(lease_ttl / 2), math.ceil(silence / 2) + 1 if silence else 0)
 
 
 def configure(app: Celery, settings: Settings) -> None:
     """Set what the app needs on RabbitMQ; what it has set itself, and its own queues, stay."""
     conf = app.conf
-    conf.broker_heartbeat = min(conf.broker_heartbeat or math.inf, heartbeat(settings.lease_ttl))
+    if settings.execution != "solo":  # there the event loop stands still as long as a task runs
+        beat = heartbeat(settings.lease_ttl, conf.worker_soft_shutdown_timeout or 0.0)
+        conf.broker_heartbeat = min(conf.broker_heartbeat or math.inf, beat)
     # A publish returns when a majority of the servers has it on disk, or raises.
     conf.broker_transport_options = {"confirm_publish": True, **conf.broker_transport_options}
     app.events.dispatcher_cls = _UnconfirmedEvents

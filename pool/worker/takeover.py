@@ -22,8 +22,8 @@ class RedisTakeover:
         self.app = app
         self.namespace = settings.namespace
         self._limit = settings.key_concurrency
-        self.fenced: Callable[[], None] = lambda: None
-        """Called, on any thread, when the broker says that this incarnation was taken for dead."""
+        self.fenced: Callable[[str], None] = lambda incarnation: None  # noqa: ARG005
+        """Called, on any thread, when the broker says that an incarnation of this node was taken for dead."""
         self.running: Callable[[], Collection[str]] = tuple
         self._claims: Claims
         self._client: Any = None
@@ -51,8 +51,8 @@ class RedisTakeover:
     def _running(self) -> Collection[str]:
         return self.running()
 
-    def _on_fenced(self) -> None:
-        self.fenced()
+    def _on_fenced(self, incarnation: str) -> None:
+        self.fenced(incarnation)
 
     def leave(self) -> None:
         """Nothing is taken any more: what is still held goes back."""
@@ -76,7 +76,7 @@ class RedisTakeover:
 class BrokerTakeover:
     """RabbitMQ sees a dead node's connection end, and delivers its messages again by itself."""
 
-    fenced: Callable[[], None]
+    fenced: Callable[[str], None]
     running: Callable[[], Collection[str]]
 
     def adopt(self, incarnation: str) -> None:

@@ -67,9 +67,12 @@ class Tenant:
         except BaseException:
             self._thread.stop()
             raise
-        self.takeover.fenced = lambda: self._thread.loop.call_soon_threadsafe(self.coordinator.outlawed)
+        self.takeover.fenced = self._on_fenced
         self._running = self._thread.spawn(self.coordinator.run()).future
         self._running.add_done_callback(self._ended)
+
+    def _on_fenced(self, incarnation: str) -> None:
+        self._thread.loop.call_soon_threadsafe(self.coordinator.outlawed, incarnation)
 
     def _ended(self, running: Future[None]) -> None:
         """A node without its coordinator owns nothing any more; it must not pretend to take part."""

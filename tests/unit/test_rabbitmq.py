@@ -65,6 +65,14 @@ def test_the_heartbeat_is_half_of_the_lease_in_whole_seconds(ttl: float, expecte
     assert rabbitmq.heartbeat(ttl) == expected
 
 
+def test_a_node_that_is_silent_on_purpose_is_not_dropped() -> None:
+    """A soft shutdown sleeps; with solo the event loop waits for each task: Celery's own heartbeat stays."""
+    assert make_app(worker_soft_shutdown_timeout=5.0).conf.broker_heartbeat == 4
+    solo = Celery("test", broker=URL, set_as_current=False)
+    install(solo, Settings(execution="solo"))
+    assert solo.conf.broker_heartbeat == 120
+
+
 @pytest.mark.parametrize(("concurrency", "per_key", "expected"), [(32, 4, 8), (1, 4, 1), (8, 8, 8), (64, 1, 2)])
 def test_a_shard_may_hold_what_runs_of_a_key_and_as_much_again(concurrency: int, per_key: int, expected: int) -> None:
     """64 consumers with the node's concurrency each would hold 2048 messages."""
