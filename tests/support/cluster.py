@@ -7,6 +7,7 @@ from typing import Any
 from celery import states
 from redis.exceptions import RedisError
 
+from pool.sharding.hashing import shard_of
 from tests.support.celery_nodes import WorkerNode, group_members
 from tests.support.ledger import Account, Build, Ledger, check
 from tests.support.load import Load
@@ -14,7 +15,8 @@ from tests.support.openssh import OpenSshd
 from tests.support.site import Site
 from tests.support.waiting import wait_until
 
-KEYS = [f"user-{number}" for number in range(19)]
+KEYS = list({shard_of(f"user-{number}", 64): f"user-{number}" for number in range(400)}.values())[:41]
+"""Each in a shard of its own, so that every one of five nodes has some. A prime number: long builds visit all of them."""
 
 SETTLE_TIMEOUT = 90.0
 """Seconds for everything that was sent to be done, once nothing disturbs the nodes any more."""
