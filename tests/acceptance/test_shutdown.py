@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from zlib import crc32
 
@@ -71,6 +72,24 @@ def test_term_waits_for_the_build_and_then_closes_everything(
     assert result.get(timeout=RESULT_TIMEOUT)["output"] == "built\n"
     assert gate.runs == 1
     assert_nothing_left(node, sshd)
+
+
+@pytest.mark.parametrize("key", ["here1"])
+def test_term_of_a_static_node_waits_as_long_as_the_build_takes(
+    start: Start, producer: Producer, gate: Gate, key: str, site: Site
+) -> None:
+    """The broker hears from it all the time: nothing is delivered again, and nothing is left."""
+    node = start(env={"POOL_NODE_SHARDS": "0-63"})
+    result = producer.build(key, gate.command)
+    gate.wait_started()
+    node.kill("SIGTERM")
+    node.wait_for("Warm shutdown")
+    time.sleep(7)  # not to wait for something: longer than RabbitMQ waits for a node that is silent
+    gate.open()
+    assert node.wait() == 0
+    assert result.get(timeout=RESULT_TIMEOUT)["output"] == "built\n"
+    assert gate.runs == 1
+    assert site.messages() == 0
 
 
 def test_term_leaves_what_has_not_started_to_the_next_node(
