@@ -449,12 +449,11 @@ class Lifecycle:
     @property
     def counts(self) -> dict[str, int]:
         """Counts for an error message."""
-        waiting = len(self.room) + sum(len(entry.waiters) for entry in self.live)
         return {
             "total": self.total,
             "busy": sum(1 for entry in self.live if entry.users),
             "idle": len(self.idle),
-            "waiting": waiting,
+            "waiting": len(self.room) + sum(len(entry.waiters) for entry in self.live),
         }
 
     def check_invariants(self) -> None:
