@@ -37,10 +37,10 @@ def route(url: str | None, namespace: str, shards: int) -> object:
     app = Celery("producer", broker="memory://", set_as_current=False)
     install(app, Settings(broker_url="memory://", redis_url=url, namespace=namespace, shards=shards))
 
-    @app.task(base=PooledTask, key="key", name="t.keyed")
+    @app.task(shared=False, base=PooledTask, key="key", name="agreement.keyed")
     def keyed(key: str) -> None: ...
 
-    return app.amqp.router.route({}, "t.keyed", ("a",), {}, task_type=keyed)["queue"]
+    return app.amqp.router.route({}, "agreement.keyed", ("a",), {}, task_type=keyed)["queue"]
 
 
 def test_a_producer_that_agrees_sends(url: str) -> None:
