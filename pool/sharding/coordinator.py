@@ -7,7 +7,7 @@ machine asks for. What a worker must be able to do is `Worker`, below; `pool.wor
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any, Protocol
 
 from redis.exceptions import RedisError
@@ -52,8 +52,8 @@ class Worker(Protocol):
     async def clear(self) -> None:
         """Close the backends of all shards that are dropped from the `Ownership` by now."""
 
-    def busy(self, shard: int) -> bool:
-        """Whether a task of the shard is running."""
+    def busy(self) -> Collection[int | None]:
+        """Shards of which a task is running."""
 
     async def renew(self) -> str:
         """Return a new incarnation for a node that was taken for dead."""
@@ -108,7 +108,8 @@ class Coordinator:
 
     def _look_for_idle(self) -> None:
         draining = [tenancy for tenancy in self.machine.tenancies.values() if tenancy.state == "draining"]
-        idle = [tenancy for tenancy in draining if not self.worker.busy(tenancy.shard)]
+        busy = self.worker.busy()
+        idle = [tenancy for tenancy in draining if tenancy.shard not in busy]
         if idle:
             self._happened("idle", idle)
 
@@ -264,7 +265,7 @@ class Coordinator:
             await asyncio.sleep(self.machine.terms.margin)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.machine.terms.ttl):
-                    while any(self.worker.busy(tenancy.shard) for tenancy in overdue):  # noqa: ASYNC110 - looked at
+                    while not {tenancy.shard for tenancy in overdue}.isdisjoint(self.worker.busy()):  # noqa: ASYNC110
                         await asyncio.sleep(IDLE_CHECK)
 
     async def _abandon(self, tenancies: list[Tenancy]) -> None:

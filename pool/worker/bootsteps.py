@@ -1,7 +1,8 @@
-"""The worker's side of the backend pool: three steps of Celery's start and stop.
+"""The worker's side of the backend pool: steps of Celery's start and stop.
 
 `BackendPoolStep` is the first to start and the last to stop; `OwnershipStep` starts before the worker consumes, and
-hands the shards over when it stops; `ConsumptionStep` follows each connection to the broker.
+hands the shards over when it stops; `ConsumptionStep` follows each connection to the broker, and `ClaimsStep` says
+goodbye to it.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Consumption:
-    """The queues of one worker. Everything but `busy` belongs to the hub thread."""
+    """The queues of one worker. Everything but `working` and `busy` belongs to the hub thread."""
 
     def __init__(self, router: ShardRouter) -> None:
         self._router = router
@@ -107,13 +107,10 @@ class Consumption:
 
     def _waiting(self, shards: Collection[int]) -> list[Any]:
         """Those that wait for their key's turn, or for a thread."""
-        return (
-            []
-            if self.turns is None
-            else [
-                job.work.request for job in self.turns.withdraw({self._router.queues[shard].name for shard in shards})
-            ]
-        )
+        if self.turns is None:
+            return []
+        names = {self._router.queues[shard].name for shard in shards}
+        return [job.work.request for job in self.turns.withdraw(names)]
 
     def _scheduled(self, shards: Collection[int]) -> list[Any]:
         """Those that wait for their ETA in this worker."""
@@ -146,20 +143,7 @@ class Consumption:
             waiting.remove(entry)
         return [entry[1][0] for entry in found]
 
-    # -- from any thread
-
-    @property
-    def working(self) -> bool:
-        """Whether any task is running, of a shard or not."""
-        return bool(requests(state.active_requests))
-
-    def busy(self, shard: int) -> bool:
-        """Whether a task of the shard is still running. Any thread."""
-        known = requests(state.reserved_requests) | requests(state.active_requests)
-        return any(self._shard(request) == shard for request in known)
-
-    def _shard(self, request: Any) -> int | None:
-        return self._router.shard_in(request.delivery_info)
+    # -- back-pressure
 
     def press(self, queue: str) -> None:
         """Leave out a queue of which too many tasks wait, take it in again when they do no longer.
@@ -172,3 +156,18 @@ class Consumption:
 
     def _channel(self) -> Any:
         return getattr(getattr(self._consumer, "task_consumer", None), "channel", None)
+
+    def _shard(self, request: Any) -> int | None:
+        return self._router.shard_in(request.delivery_info)
+
+    # -- from any thread
+
+    @property
+    def working(self) -> bool:
+        """Whether any task is running, of a shard or not."""
+        return bool(requests(state.active_requests))
+
+    def busy(self) -> set[int | None]:
+        """The shards of which a task is still running; None among them: one without a shard."""
+        known = requests(state.reserved_requests) | requests(state.active_requests)
+        return {self._shard(request) for request in known}

@@ -80,7 +80,8 @@ class ShardRouter:
     def shard_in(self, delivery_info: Mapping[str, Any] | None) -> int | None:
         """The shard of the queue by which a message came; None: it came by none of ours."""
         routing_key = (delivery_info or {}).get("routing_key") or ""
-        return self._shards.get(rabbitmq.without_delay(routing_key))
+        shard = self._shards.get(routing_key)
+        return self._shards.get(rabbitmq.without_delay(routing_key)) if shard is None and self._amqp else shard
 
     def is_keyed(self, name: str, options: Mapping[str, Any], task: Any = None) -> bool:
         """Whether the task goes to a shard queue: it declares a key or a shard, or its message has the header."""

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -145,8 +145,8 @@ class Tenant:
         while self.ownership.cleared < dropped and _alive(self.ownership.host):  # noqa: ASYNC110 - another process
             await asyncio.sleep(CLEAR_CHECK)
 
-    def busy(self, shard: int) -> bool:
-        return self.consumption.busy(shard)
+    def busy(self) -> Collection[int | None]:
+        return self.consumption.busy()
 
     async def renew(self) -> str:
         incarnation = incarnation_of(self.node)
