@@ -9,6 +9,8 @@
     |-- BackendClosed            the backend or its pool was closed
     |-- CommandFailed            the command exited with a non-zero code
     |-- CommandTimeout           the command ran into its timeout and was killed
+    |-- TurnFailed               the agent refused the prompt, died or talked nonsense
+    |   `-- TurnTimeout          the turn ran into its timeout and was cancelled
     |-- FileOperationFailed      also an OSError, with errno and filename
     |   `-- FileMissing          also a FileNotFoundError
     |-- PathEscapeError          a path would leave its root
@@ -38,6 +40,8 @@ __all__ = [
     "PathEscapeError",
     "PoolError",
     "PoolExhausted",
+    "TurnFailed",
+    "TurnTimeout",
 ]
 
 
@@ -109,6 +113,26 @@ class CommandTimeout(PoolError):
         super().__init__(message, timeout, tail)
         self.timeout = timeout
         self.tail = tail
+
+
+class TurnFailed(PoolError):
+    """An agent did not finish a turn. The chat goes on: the next turn finds the agent, or starts it anew.
+
+    ``reason``: ``refused`` (it answered with an error), ``died``, ``garbage`` (it broke its protocol) or ``timeout``.
+    ``tail``: the end of what it said on stderr, or of the turn's text.
+    """
+
+    def __init__(self, message: str, reason: str = "refused", tail: str = "") -> None:
+        super().__init__(message, reason, tail)
+        self.reason = reason
+        self.tail = tail
+
+
+class TurnTimeout(TurnFailed):
+    """A turn ran longer than its timeout. It was cancelled; an agent that ignored that was ended.
+
+    ``tail``: the end of the text that had come.
+    """
 
 
 class FileOperationFailed(PoolError, OSError):

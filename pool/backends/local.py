@@ -7,14 +7,16 @@ import shutil
 import signal
 import stat as stat_bits
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pool.backends.base import Capabilities
+from pool.backends.leftovers import owner
 from pool.backends.output import Capture, Stream
 from pool.backends.paths import refuse_nested, refuse_outside
-from pool.backends.shell import KILL_GRACE, ShellCommand, check_env
+from pool.backends.process import PipedProcess
+from pool.backends.shell import KILL_GRACE, PipedCommand, ShellCommand, check_env
 from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
 from pool.config import check_number
 from pool.errors import BackendClosed, BackendUnavailable, FileOperationFailed
@@ -90,6 +92,17 @@ class LocalFilesystemBackend(WorkspaceBackend):
             raise BackendClosed(f"{self!r} was closed while the command ran")
         shell.raise_notice(code, capture.tail())
         return code
+
+    async def start_process(self, argv: Sequence[str], cwd: Place, env: Mapping[str, str]) -> PipedProcess:
+        command = PipedCommand(argv, cwd.chain, {**self.base_env, **env}, owner())
+        pipe = asyncio.subprocess.PIPE
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command.argv, stdin=pipe, stdout=pipe, stderr=pipe, env=self.base_env, cwd="/", start_new_session=True
+            )
+        except OSError as error:
+            raise FileOperationFailed.of(error.errno or 0, "start of", argv[0]) from error
+        return PipedProcess(process, command, lambda: _signal_group(process.pid, signal.SIGKILL))
 
     # -- files: the calls block, so they run in threads
 
@@ -257,5 +270,9 @@ class _Command(asyncio.SubprocessProtocol):
             self._transport.close()
 
     def _signal_group(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._transport.get_pid(), number)
+        _signal_group(self._transport.get_pid(), number)
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)

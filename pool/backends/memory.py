@@ -2,14 +2,15 @@
 
 import errno
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from posixpath import dirname
 
 from pool.backends.base import Capabilities
 from pool.backends.output import Capture
+from pool.backends.process import PipedProcess
 from pool.backends.shell import check_env
 from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
-from pool.errors import ConfigError, FileOperationFailed
+from pool.errors import BackendUnavailable, ConfigError, FileOperationFailed
 
 Handler = Callable[[str, Mapping[str, str]], tuple[int, bytes, bytes]]
 """``(command, environment) -> (exit code, stdout, stderr)``."""
@@ -46,6 +47,9 @@ class MemoryBackend(WorkspaceBackend):
     async def close(self) -> None:
         self._files.clear()
         self._folders.clear()
+
+    async def start_process(self, argv: Sequence[str], cwd: Place, env: Mapping[str, str]) -> PipedProcess:  # noqa: ARG002
+        raise BackendUnavailable("a 'memory' backend runs no processes: use 'local' or 'ssh'", "setup", None)
 
     async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
         if self._handler is None:

@@ -143,6 +143,15 @@ class Capture:
         return ExecResult(exit_code, texts[0], texts[1], duration, truncated, output)
 
 
+class Consumer(Protocol):
+    """Takes what a sink passes on: pieces of one of two streams, or encoded updates."""
+
+    def __call__(self, stream: Any, data: bytes) -> None: ...
+
+    def finish(self) -> None:
+        """No more will come."""
+
+
 class Decoder:
     """Calls ``on_output`` with whole characters: a character that is cut by a chunk waits for its rest."""
 
@@ -170,7 +179,7 @@ class Decoder:
 class DirectSink:
     """``on_output`` called on the event loop, for async callers; an exception in it cancels *task*."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Consumer) -> None:
         self._decoder = decoder
         self.error: Exception | None = None
         self.task: asyncio.Task[Any] | None = None
@@ -213,7 +222,7 @@ class ThreadSink:
     At most about `HIGH_WATER` bytes wait for it; then the command is made to wait.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Consumer) -> None:
         self._decoder = decoder
         self._queue: queue.SimpleQueue[tuple[Stream, bytes] | None] = queue.SimpleQueue()
         self._pushed = 0

@@ -5,6 +5,9 @@ stdin is a lifeline that the worker holds: when it ends before the command - a t
 worker that was killed - the whole process group gets TERM, then KILL. So nothing outlives whoever asked for it. What a
 command left running in the background when it ended stays, and so does one that makes a session of its own, such as a
 daemon.
+
+`PipedCommand` is for a process that talks through its stdin: a coding agent, a server. There the lifeline carries the
+data, and what the process started ends with it, in whatever session it is.
 """
 
 import re
@@ -19,7 +22,16 @@ from pool.errors import ConfigError, FileOperationFailed, PathEscapeError
 KILL_GRACE = 0.5
 """Seconds between TERM and KILL."""
 
+EOF_GRACE = 0.3
+"""Seconds that a piped process gets to end by itself when its input has ended; then comes TERM."""
+
+MARK = "POOL_AGENT"
+"""Variable in the environment of a piped process and of all that it starts; its value ends with the token."""
+
 _NOTICE_CODE = 254
+
+_ROUNDS = " ".join(map(str, range(20)))
+"""Looks for what a piped process left; three in a row must find nothing: during its exec a process shows no mark."""
 
 _ARGUMENT_LIMIT = 60_000
 """Bytes, quoted. A longer command goes through stdin: Linux takes at most 128 KiB in one argument ..."""
@@ -59,6 +71,45 @@ kill -s KILL "$_pool_guard" 2>/dev/null
 exit "$_pool_code"
 """
 
+# The same arguments. The left side passes stdin on; at its end everything is killed. $2 is also what the environment of
+# all that the process starts carries (MARK), by which those are found that have left the process group.
+_PIPE_SCRIPT = f"""\
+exec 3<&0 </dev/null
+_pool_line= _pool_none= _pool_token=$2
+if [ "$3" = s ]; then IFS= read -r _pool_line <&3 || exit {_NOTICE_CODE}; fi
+trap : TERM
+_pool_kill() {{
+  for _pool_round in {_ROUNDS}; do
+    _pool_left=$(grep -ls -- "$_pool_token" /proc/[0-9]*/environ)
+    if [ -z "$_pool_left" ]; then _pool_none=1$_pool_none; else _pool_none=; fi
+    for _pool_file in $_pool_left; do
+      _pool_file=${{_pool_file#/proc/}}
+      kill -s KILL "${{_pool_file%/environ}}"
+    done
+    case $_pool_none in 111) break;; esac
+    sleep 0.1
+  done
+  kill -s KILL -- "-$$"
+}}
+{{ trap "" TERM HUP INT; exec 2>/dev/null; cat <&3; exec >/dev/null; sleep {EOF_GRACE}
+  kill -s TERM -- "-$$"; sleep {KILL_GRACE}; _pool_kill; }} |
+{{ trap : TERM; exec 3<&-
+  if [ -n "$_pool_line" ]; then eval "$(printf %b "$_pool_line")"; fi
+  _pool_command=$1 _pool_root=
+  shift 3
+  for _pool_line do
+    cd -P -- "$_pool_line" 2>/dev/null || {{ echo "$_pool_token cwd" >&2; exit {_NOTICE_CODE}; }}
+    case "${{PWD%/}}/" in "${{_pool_root%/}}"/*) ;; *) echo "$_pool_token escape $PWD" >&2; exit {_NOTICE_CODE};; esac
+    _pool_root=$PWD
+  done
+  ( exec /bin/sh -c "$_pool_command" )
+  _pool_code=$?
+  exec </dev/null
+  echo "$_pool_token exit $_pool_code" >&2
+  exec >/dev/null 2>&1
+  _pool_kill; }}
+"""
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -68,9 +119,11 @@ class ShellCommand:
     It runs in the last of *folders*, each of which must be inside the one before, symlinks resolved.
     """
 
-    def __init__(self, command: str, folders: Sequence[str], env: Mapping[str, str]) -> None:
+    _script = _SCRIPT
+
+    def __init__(self, command: str, folders: Sequence[str], env: Mapping[str, str], token: str = "") -> None:
         self.folder = folders[-1]
-        self.token = secrets.token_hex(8)
+        self.token = token or secrets.token_hex(8)
         self.setup = b""
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
         quoted = shlex.quote(command)
@@ -81,12 +134,12 @@ class ShellCommand:
             self.setup = _escape(script.encode("utf-8", "surrogateescape")) + b"\n"
             command, folders = "", ()
         self._arguments = [command, self.token, "s" if self.setup else "", *folders]
-        self.argv = ["/bin/sh", "-c", _SCRIPT, "pool", *self._arguments]
+        self.argv = ["/bin/sh", "-c", self._script, "pool", *self._arguments]
 
     def line(self, login_shell: str) -> str:
         """The command as text for the login shell of a remote user, whose name says whether it is a Bourne shell."""
         if login_shell in _BOURNE:
-            return f"set -- {shlex.join(self._arguments)}\n{_SCRIPT}"
+            return f"set -- {shlex.join(self._arguments)}\n{self._script}"
         return "exec " + shlex.join(self.argv)
 
     def raise_notice(self, exit_code: int, stderr: str) -> None:
@@ -97,6 +150,30 @@ class ShellCommand:
         if what == "cwd":
             raise FileOperationFailed.of(2, "cwd", self.folder, "no such folder, or not accessible")
         raise PathEscapeError(f"cwd {self.folder!r} leaves its root through a symlink, to {where!r}")
+
+
+class PipedCommand(ShellCommand):
+    """A process whose stdin and stdout are a byte stream; *env* and *command* end in the environment of no other.
+
+    When its stdin ends it gets `EOF_GRACE` seconds, then TERM, and `KILL_GRACE` seconds later KILL, with its process
+    group and everything in whose environment the token stands. The same when it ends by itself. *owner*: the first
+    part of the mark, by which leftovers are known (`pool.backends.leftovers`).
+    """
+
+    _script = _PIPE_SCRIPT
+
+    def __init__(self, argv: Sequence[str], folders: Sequence[str], env: Mapping[str, str], owner: str) -> None:
+        token = secrets.token_hex(8)
+        super().__init__(f"exec {shlex.join(argv)}", folders, {**env, MARK: f"{owner}.{token}"}, token)
+
+    def exit_code(self, stderr: str) -> int | None:
+        """What the process ended with, from the end of its stderr; None: it has not, or could not say so."""
+        _, found, code = stderr.rpartition(f"{self.token} exit ")
+        return int(code.split()[0]) if found and code.strip() else None
+
+    def said(self, stderr: str) -> str:
+        """*stderr* without what the script said."""
+        return "".join(line for line in stderr.splitlines(keepends=True) if self.token not in line).strip()
 
 
 def _is_text(text: str) -> bool:

@@ -13,10 +13,12 @@ import asyncssh
 
 from pool.backends.base import BackendStatus, Capabilities
 from pool.backends.channels import Channels, CommandSession
+from pool.backends.leftovers import owner
 from pool.backends.output import Capture
+from pool.backends.process import PipedProcess
 from pool.backends.pulse import Pulse
 from pool.backends.sftp import RemoteFiles
-from pool.backends.shell import ShellCommand, check_env
+from pool.backends.shell import PipedCommand, ShellCommand, check_env
 from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
 from pool.config import check_number
 from pool.errors import BackendClosed, BackendUnavailable, ConfigError, PoolError
@@ -264,6 +266,25 @@ class RemoteFilesystemBackend(WorkspaceBackend):
                 raise
         connection = await self.live_connection()
         return await self._start(connection, shell.line(self._login_shell), CommandSession(self, capture), shell.setup)
+
+    async def start_process(self, argv: Sequence[str], cwd: Place, env: Mapping[str, str]) -> PipedProcess:
+        command = PipedCommand(argv, cwd.chain, {**self.base_env, **env}, owner())
+        connection, channels = await self.live_connection(), self._channels
+        line = command.line(self._login_shell)
+        try:
+            process = await channels.granted(
+                connection, lambda: connection.create_process(line, encoding=None), lasting=True
+            )
+        except asyncssh.Error as error:
+            raise self.lost_error(error) from error
+
+        async def give_back() -> None:
+            await process.wait_closed()
+            channels.closed(lasting=True)
+
+        piped = PipedProcess(process, command, process.close)
+        piped.closed = asyncio.ensure_future(give_back())
+        return piped
 
     async def _start(
         self, connection: asyncssh.SSHClientConnection, line: str, session: CommandSession, setup: bytes = b""

@@ -7,7 +7,7 @@ their arguments and the path rules, then hand over to a `Driver`, which does the
 import asyncio
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pool.backends.base import Backend
 from pool.backends.output import Capture, Decoder, DirectSink, ExecResult, OnOutput, Sink, ThreadSink, check_encoding
 from pool.backends.paths import normalise
+from pool.backends.process import PipedProcess
 from pool.backends.shell import check_command, check_env
 from pool.config import check_number
 from pool.errors import CommandFailed, CommandTimeout, ConfigError, FileOperationFailed
@@ -78,6 +79,14 @@ class Driver(ABC):
         """Run to the end and return the exit code; 128 + n for a command that died of signal n.
 
         Cancelled, it kills the command's process group before it ends. A connection that is lost under way raises.
+        """
+
+    @abstractmethod
+    async def start_process(self, argv: Sequence[str], cwd: Place, env: Mapping[str, str]) -> PipedProcess:
+        """Start a process that talks through stdin and stdout; the caller closes it.
+
+        What is wrong with *cwd* or *argv* is told by the process itself, by its early end. A connection that is lost
+        raises `BackendUnavailable`.
         """
 
     @abstractmethod
@@ -203,6 +212,17 @@ class Workspace(ABC):
             tail = capture.tail()
             raise CommandFailed(f"exit code {code}: {_short(command)}{_quote_tail(tail)}", code, tail)
         return result
+
+    async def astart(
+        self, argv: Sequence[str], cwd: str | None = None, env: Mapping[str, str] | None = None
+    ) -> PipedProcess:
+        """Start a process that talks through its stdin and stdout, for a backend that is built on this one.
+
+        Await it on the pool's event loop. It runs until it ends or is closed.
+        """
+        environment = {**self._env, **check_env(env)}
+        await self._driver.ready()
+        return await self._driver.start_process(argv, self._place(cwd or "."), environment)
 
     # -- files
 
