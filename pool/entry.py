@@ -5,6 +5,7 @@ The state machine is a table; an event that a state does not know raises, and sh
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -150,3 +151,10 @@ class Wake(NamedTuple):
 
 
 Effects = list[Connect | Close | Wake]
+
+
+def says_busy(backend: Any) -> bool:
+    """Whether the backend says that it works although nobody holds it."""
+    with suppress(Exception):  # a backend that cannot even say so is not spared
+        return bool(backend.is_busy())
+    return False

@@ -11,13 +11,13 @@ the next to expire, so a sweep costs what it evicts, and a busy entry cannot be 
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Any
 
 from pool.config import PoolConfig
-from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter, Wake
+from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter, Wake, says_busy
 from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, PoolError, PoolExhausted
 from pool.failures import FailureMemory, for_each_waiter
+from pool.invariants import check
 from pool.stats import Counters
 
 
@@ -132,7 +132,7 @@ class Lifecycle:
                 del effects[position]
                 self.closing -= 1
                 return effect.backend
-        victim = next((entry for entry in self.idle if not _says_busy(entry.backend)), None)
+        victim = next((entry for entry in self.idle if not says_busy(entry.backend)), None)
         if victim is None:
             return None
         self.counters.evicted_lru += 1
@@ -347,7 +347,7 @@ class Lifecycle:
         """Evict what is due and forget old failures; a backend that says it is busy is spared. Returns identities."""
         evicted = []
         for entry in self.due(now):
-            if _says_busy(entry.backend):
+            if says_busy(entry.backend):
                 self.touch(entry, now)
                 continue
             if now - entry.idle_since >= self.config.idle_timeout:
@@ -458,43 +458,10 @@ class Lifecycle:
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the state contradicts itself; tests call it after every event."""
-        for identity, entry in self.entries.items():
-            assert entry.identity == identity
-            assert entry.state in ("connecting", "idle", "busy"), entry
-            assert (entry.state == "idle") == (entry in self.idle), entry
-            assert entry not in self.outside, entry
-        for entry in self.outside:
-            assert entry.state == "retired" or not entry.pooled, entry
-        for entry in self.live:
-            assert entry.users >= 0, entry
-            assert (entry.state == "busy") <= (entry.users > 0), entry
-            assert (entry.state == "idle") <= (entry.users == 0), entry
-            assert entry.max_users is None or entry.users <= entry.max_users, entry
-            served = entry.max_users is not None and entry.users >= entry.max_users
-            assert not entry.waiters or entry.preparing or served, entry
-            assert entry.preparing or entry.backend is not None, entry
-            assert not entry.preparing or not entry.users, entry
-            assert (entry.state == "connecting") <= entry.preparing, entry
-            assert entry.state != "retired" or entry.users or entry.preparing, entry
-        for entry in self.idle:
-            assert entry.state == "idle", entry
-        for waiter in self.room:
-            found = self.entries.get(waiter.identity) if waiter.pooled else None
-            assert found is None or found.config != waiter.config, f"{found} needs no room, yet somebody waits for it"
-        ages = [entry.idle_since for entry in self.idle]
-        assert ages == sorted(ages), "idle map is not ordered by time of release"
-        assert self.closing >= 0
-        spare = [entry for entry in self.idle if not _says_busy(entry.backend)]
-        assert not (self.room and spare and self.total <= self.config.max_backends), "room waiter beside idle"
+        check(self)
 
 
 def _send_away(waiting: Iterable[Waiter], why: str, effects: Effects) -> None:
     for waiter in waiting:
         waiter.error = BackendClosed(why)
         effects.append(Wake(waiter))
-
-
-def _says_busy(backend: Any) -> bool:
-    with suppress(Exception):  # a backend that cannot even say so is not spared
-        return bool(backend.is_busy())
-    return False
