@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from pool.entry import says_busy
+from pool.entry import Entry, says_busy
 
 if TYPE_CHECKING:
     from pool.lifecycle import Lifecycle
@@ -30,11 +30,35 @@ def check(life: "Lifecycle") -> None:
         assert entry.state != "retired" or entry.users or entry.preparing, entry
     for entry in life.idle:
         assert entry.state == "idle", entry
+    ages = [entry.idle_since for entry in life.idle]
+    assert ages == sorted(ages), "idle map is not ordered by time of release"
+    assert life.groups.closing >= 0
+    _check_groups(life)
+    _check_room(life)
+
+
+def _check_groups(life: "Lifecycle") -> None:
+    grouped: dict[str, set[Entry]] = {}
+    for entry in life.live:
+        assert not entry.displaced or entry.preparing, entry
+        if entry.group is not None:
+            grouped.setdefault(entry.group, set()).add(entry)
+    for name, group in life.groups.items():
+        assert set(group.members) == grouped.pop(name, set()), f"members of group {name!r}"
+        assert group.closing >= 0, f"group {name!r}: {group.closing} closing"
+        assert group.total, f"group {name!r} is empty"
+    assert not grouped, f"groups that are not counted: {grouped}"
+
+
+def _check_room(life: "Lifecycle") -> None:
     for waiter in life.room:
         found = life.entries.get(waiter.identity) if waiter.pooled else None
         assert found is None or found.config != waiter.config, f"{found} needs no room, yet somebody waits for it"
-    ages = [entry.idle_since for entry in life.idle]
-    assert ages == sorted(ages), "idle map is not ordered by time of release"
-    assert life.closing >= 0
     spare = [entry for entry in life.idle if not says_busy(entry.backend)]
-    assert not (life.room and spare and life.total <= life.config.max_backends), "room waiter beside idle"
+    for group, line in life.room.lines.items():
+        tickets = [waiter.ticket or 0 for waiter in line]
+        assert tickets == sorted(set(tickets)), f"line of group {group!r} is out of order: {tickets}"
+        assert {waiter.group for waiter in line} == {group}
+        if not life.groups.full(group, life.config):
+            assert life.total >= life.config.max_backends, f"{line[0].identity} waits although there is room"
+            assert not spare or life.total > life.config.max_backends, "room waiter beside idle"

@@ -93,8 +93,8 @@ class World:
     def closed(self) -> list[Any]:
         """Finish every close that was asked for; returns the backends."""
         closes = self.take(Close)
-        for _ in closes:
-            self.life.gone(self.now, self.effects)
+        for close in closes:
+            self.life.gone(close.entry, self.now, self.effects)
             self.life.check_invariants()
         return [effect.backend for effect in closes]
 
@@ -383,11 +383,11 @@ def test_a_backend_that_is_being_closed_keeps_its_place():
     world = World(max_backends=1)
     world.rest("a")
     world.life.close_key("a", world.now, world.effects)
-    assert len(world.take(Close)) == 1
+    [close] = world.take(Close)
     world.ask("b")
     assert world.take(Connect) == []
     assert world.life.total == 1
-    world.life.gone(world.now, world.effects)
+    world.life.gone(close.entry, world.now, world.effects)
     assert len(world.take(Connect)) == 1
 
 

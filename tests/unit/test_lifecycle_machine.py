@@ -145,7 +145,7 @@ class LifecycleMachine(RuleBasedStateMachine):
     def close_ends(self, which: int) -> None:
         close = self.closing.pop(which % len(self.closing))
         self.alive.remove(close.backend)
-        self.decide(self.life.gone, self.now)
+        self.decide(self.life.gone, close.entry, self.now)
 
     @precondition(lambda self: self.held)
     @rule(which=NUMBER)
