@@ -284,6 +284,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         known = [entry.backend for entry in self.life.live if entry.backend is not None]
         known.extend(close.backend for close in self.closing)
         known.extend(victim for connect in self.connecting for victim in connect.first_close)
+        known.extend(c.entry.backend for c in self.connecting if c.entry.backend in self.alive)  # closed in its check
         return known[which % len(known)]
 
     @rule(key=st.sampled_from("abcd"), agent=AGENTS)
