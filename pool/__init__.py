@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pool.backends.ssh import RemoteFilesystemBackend
     from pool.backends.workspace import FileStat
     from pool.borrowing import Borrowed
-    from pool.config import PoolConfig, Settings
+    from pool.config import GroupLimit, PoolConfig, Settings
     from pool.manager import SHARED, BackendPoolManager
     from pool.stats import PoolStats
     from pool.worker.install import install
@@ -55,6 +55,7 @@ __all__ = [
     "FileMissing",
     "FileOperationFailed",
     "FileStat",
+    "GroupLimit",
     "InvalidKey",
     "LocalFilesystemBackend",
     "MemoryBackend",
@@ -83,6 +84,7 @@ _HOME = {
     "Capabilities": "backends.base",
     "ExecResult": "backends.output",
     "FileStat": "backends.workspace",
+    "GroupLimit": "config",
     "LocalFilesystemBackend": "backends.local",
     "MemoryBackend": "backends.memory",
     "PoolConfig": "config",

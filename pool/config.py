@@ -22,6 +22,29 @@ def check_number(name: str, value: Any, rule: str, *, above: float = 0.0, unit: 
 
 
 @dataclass(frozen=True)
+class GroupLimit:
+    """What a group of a pool's backends may take up, besides what ``max_backends`` allows the whole pool."""
+
+    count: int
+    """Live backends of the group at most, closing ones included."""
+    weight: float | None = None
+    """Bytes of memory: while its live backends hold this much by their ``weight``, nobody new comes in. They are
+    weighed when they run, not before, so this is a mark to come back to, not a wall. None: no limit."""
+    starting: int | None = None
+    """How many backends of the group may be connecting at once; None: no limit."""
+
+    def __post_init__(self) -> None:
+        for name in ("count", "starting"):
+            value = getattr(self, name)
+            if value is None and name == "starting":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name}={value!r} backends: must be a whole number, 1 or more")
+        if self.weight is not None:
+            check_number("weight", self.weight, "must be more than 0, or None for no limit", unit="bytes")
+
+
+@dataclass(frozen=True)
 class PoolConfig:
     """How a `BackendPoolManager` behaves. All times in seconds."""
 
@@ -47,6 +70,8 @@ class PoolConfig:
     """A failed connect is remembered for about this long, doubled with each failure in a row."""
     backoff_max: float = 30.0
     """... up to this."""
+    groups: Mapping[str, GroupLimit] = field(default_factory=dict)
+    """Limits of groups of entries, by name. A group that is not in it has none."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -70,6 +95,12 @@ class PoolConfig:
             raise ConfigError(
                 f"backoff_max={self.backoff_max!r} s: must not be below backoff_base={self.backoff_base!r} s"
             )
+        if not isinstance(self.groups, Mapping):
+            raise ConfigError(f"groups={self.groups!r}: must be a mapping of names to GroupLimit")
+        for group, limit in self.groups.items():
+            if not isinstance(group, str) or not group or not isinstance(limit, GroupLimit):
+                raise ConfigError(f"groups[{group!r}]={limit!r}: must be a name, not empty, and a GroupLimit")
+        object.__setattr__(self, "groups", dict(self.groups))  # what the caller does to its own is its own affair
 
     def changed(self, **changes: Any) -> Self:
         """Return a copy with *changes*; an unknown name raises `ConfigError`."""

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from time import monotonic
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 from pool.backends.base import Backend, Trust
 from pool.borrowing import B
@@ -13,32 +13,55 @@ from pool.entry import Entry
 from pool.errors import BackendUnavailable, PoolError
 from pool.runtime import was_cancelled
 
+if TYPE_CHECKING:
+    from pool.manager import BackendPoolManager
+
 logger = logging.getLogger(__name__)
+
+
+class CheckFailed(PoolError):
+    """The entry's backend did not pass its check and was closed; whether another may start is not for us to say."""
 
 
 class Connector(Generic[B]):
     """Knows how to make a backend from a config, and no pool. *settings* returns the pool's present ones.
 
-    *trust* is handed to each backend before it connects.
+    *trust*, and the *pool* that it is for, are handed to each backend before it connects.
     """
 
-    def __init__(self, make: Callable[..., B], settings: Callable[[], PoolConfig], trust: Trust | None = None) -> None:
+    def __init__(
+        self,
+        make: Callable[..., B],
+        settings: Callable[[], PoolConfig],
+        trust: Trust | None = None,
+        pool: "BackendPoolManager[B] | None" = None,
+    ) -> None:
         self._make = make
         self._settings = settings
         self._trust = trust
+        self._pool = pool
         self._watched: set[B] = set()  # backends that look after themselves
 
-    async def ready(self, entry: Entry, first_close: tuple[B, ...]) -> B | None:
-        """Close *first_close*; then return the entry's own backend if it is alive, else a new, connected one.
+    async def make_way(self, victims: tuple[B, ...]) -> None:
+        """Close what must be gone before another may connect."""
+        for victim in victims:
+            await _to_the_end(self.destroy(victim))
 
-        None: the entry was closed meanwhile. Raises `PoolError`.
+    async def ready(self, entry: Entry) -> B | None:
+        """Return the entry's own backend if it is alive, else a new, connected one.
+
+        None: the entry was closed meanwhile. Raises `PoolError`; `CheckFailed` for an entry of a group.
         """
         try:
-            for victim in first_close:
-                await _to_the_end(self.destroy(victim))
             if entry.state == "closed":
                 return None
-            return await self._checked(entry) or await self._connected(entry)
+            if entry.backend is not None:
+                backend = await self._checked(entry)
+                if backend is not None:
+                    return backend
+                if entry.group is not None:
+                    raise CheckFailed("its own backend is gone")  # noqa: TRY301 - past the handler that maps errors
+            return await self._connected(entry)
         except (PoolError, asyncio.CancelledError):
             raise
         except Exception as error:
@@ -64,7 +87,10 @@ class Connector(Generic[B]):
         backend = self._make(**entry.config)
         if self._trust is not None:
             backend.trust = self._trust
-        started, limit = monotonic(), self._settings().connect_timeout
+        if self._pool is not None:
+            backend.pool = self._pool
+        started = monotonic()
+        limit = self._settings().connect_timeout if backend.open_timeout is None else backend.open_timeout
         try:
             async with asyncio.timeout(limit) as clock:
                 await backend.connect()

@@ -5,6 +5,7 @@ The state machine is a table; an event that a state does not know raises, and sh
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -52,7 +53,9 @@ class Entry:
         "backend",
         "busy_since",
         "config",
+        "displaced",
         "expires",
+        "group",
         "history",
         "identity",
         "idle_since",
@@ -74,14 +77,17 @@ class Entry:
         now: float,
         *,
         pooled: bool,
+        group: str | None = None,
     ) -> None:
         self.identity = identity
+        self.group = group
         self.config = config  # effective: what the backend is made from
         self.override = override  # the caller's part of it: compared first, because it is nearly always None
         self.pooled = pooled  # False: keyless, closed at release
         self.serial = next(_serials)
         self.state: State = "connecting"
         self.preparing = False  # a `Connect` is under way: the driver has the backend in hand
+        self.displaced: tuple[str | None, ...] = ()  # groups of the backends that must be gone before it may connect
         self.backend: Any = None
         self.users = 0
         self.max_users: int | None = None
@@ -108,7 +114,7 @@ class Entry:
 class Waiter:
     """Somebody who waits for a backend: granted an entry or given an error exactly once, then woken."""
 
-    __slots__ = ("config", "entry", "error", "identity", "override", "pooled", "wake", "warm")
+    __slots__ = ("config", "entry", "error", "group", "identity", "override", "pooled", "ticket", "wake", "warm")
 
     def __init__(
         self,
@@ -118,19 +124,25 @@ class Waiter:
         wake: Callable[[], Any],
         *,
         pooled: bool,
+        group: str | None = None,
     ) -> None:
         self.identity = identity
+        self.group = group
         self.config = config
         self.override = override
         self.pooled = pooled
         self.wake = wake
+        self.ticket: int | None = None  # its place among those who wait for room, if it is one of them
         self.warm = False  # the backend it gets was connected before it asked
         self.entry: Entry | None = None
         self.error: PoolError | None = None
 
 
 class Connect(NamedTuple):
-    """Make the entry's backend ready: check the one it has, or connect a new one."""
+    """Make the entry's backend ready: check the one it has, or connect a new one.
+
+    When *first_close* is gone, and before it connects, the driver says so: `Lifecycle.made_way`.
+    """
 
     entry: Entry
     first_close: tuple[Any, ...] = ()  # backends that must be gone before: the cap counts live ones
@@ -150,3 +162,10 @@ class Wake(NamedTuple):
 
 
 Effects = list[Connect | Close | Wake]
+
+
+def says_busy(backend: Any) -> bool:
+    """Whether the backend says that it works although nobody holds it."""
+    with suppress(Exception):  # a backend that cannot even say so is not spared
+        return bool(backend.is_busy())
+    return False

@@ -1,12 +1,12 @@
-"""What is remembered of failed connects, so that a host that is down is not asked again and again. Pure."""
+"""What callers are told who get no backend; failed connects are remembered, to spare a host that is down. Pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pool.config import PoolConfig
-from pool.entry import Identity
-from pool.errors import BackendUnavailable, PoolError
+from pool.entry import Identity, Waiter
+from pool.errors import AcquireTimeout, BackendUnavailable, PoolError, PoolExhausted
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,16 @@ def with_retry_after(error: BackendUnavailable, retry_after: float) -> BackendUn
     copy = BackendUnavailable(str(error), error.reason, None if error.retry_after is None else retry_after)
     copy.__cause__ = error.__cause__
     return copy
+
+
+def came_too_late(waiter: Waiter, phase: str, timeout: float, limit: str, counts: Mapping[str, int]) -> AcquireTimeout:
+    """Return the error of a waiter that was not served within *timeout* seconds. *limit*: what the room is short of."""
+    told = ", ".join(f"{n} {what}" for what, n in counts.items())
+    who = f"backend {waiter.identity[1]!r} of key {waiter.identity[0]!r}" if waiter.pooled else "a fresh backend"
+    if phase == "room":
+        return PoolExhausted(f"no room for {who} within {timeout:g} s: {limit} ({told})", phase, counts)
+    what = "it is still connecting" if phase == "connect" else "all its turns are taken"
+    return AcquireTimeout(f"no {who} within {timeout:g} s: {what} ({told})", phase, counts)
 
 
 def for_each_waiter(error: PoolError) -> PoolError:

@@ -6,18 +6,21 @@ The caller serialises the calls with one lock and carries the effects out after 
 
 Idle entries sit in one map ordered by the time of their release. Its front is both the least recently used one and
 the next to expire, so a sweep costs what it evicts, and a busy entry cannot be evicted because it is not in there.
+What a group of entries may take up besides is `pool.groups`' business; who waits for room stands in `pool.room`.
 """
 
 import random
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from pool.config import PoolConfig
-from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter, Wake
-from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, PoolError, PoolExhausted
-from pool.failures import FailureMemory, for_each_waiter
+from pool.entry import Close, Connect, Effects, Entry, Event, Identity, Waiter, Wake, says_busy
+from pool.errors import BackendClosed, BackendUnavailable, PoolError
+from pool.failures import FailureMemory, came_too_late, for_each_waiter
+from pool.groups import Groups, Limit
+from pool.invariants import check
+from pool.room import Room, send_away
 from pool.stats import Counters
 
 
@@ -30,8 +33,8 @@ class Lifecycle:
         self.entries: dict[Identity, Entry] = {}  # at most one live entry per identity
         self.idle: OrderedDict[Entry, None] = OrderedDict()
         self.outside: set[Entry] = set()  # keyless or retired: alive, but nobody finds them by identity
-        self.closing = 0  # backends that left the pool and are not gone yet: they still count
-        self.room: deque[Waiter] = deque()
+        self.groups = Groups()  # who is in which, and all that left the pool and is not gone yet: it still counts
+        self.room = Room()
         self.failed = FailureMemory(jitter)
         self.counters = Counters()
         self.shut = False
@@ -93,7 +96,7 @@ class Lifecycle:
         waiting = list(entry.waiters)
         entry.waiters.clear()
         self._retire(entry, effects)
-        self.room.extendleft(reversed(waiting))
+        self.room.send_ahead(waiting)
 
     def _join(self, entry: Entry, waiter: Waiter, now: float, effects: Effects) -> None:
         waiter.warm = entry.backend is not None
@@ -106,46 +109,62 @@ class Lifecycle:
         else:
             self._serve(entry, now, effects)
 
-    def _make_room(self, waiter: Waiter, now: float, effects: Effects) -> bool:
-        """Start a new entry for the waiter if the cap allows it, at the cost of the least recently used idle one."""
-        first_close: tuple[Any, ...] = ()
-        if self.total >= self.config.max_backends:
-            leaving = self._leaving(effects)
-            if leaving is None:
-                return False
-            first_close = (leaving,)
-        entry = Entry(waiter.identity, waiter.config, waiter.override, now, pooled=waiter.pooled)
+    def _make_room(self, waiter: Waiter, now: float, effects: Effects) -> Limit | None:
+        """Start a new entry for the waiter, at the cost of idle ones if need be. Returns the limit that forbids it."""
+        leaving, forbidden = self._leaving(waiter.group, effects)
+        if forbidden is not None:
+            return forbidden
+        self.room.remove(waiter)
+        entry = Entry(waiter.identity, waiter.config, waiter.override, now, pooled=waiter.pooled, group=waiter.group)
         entry.preparing = True
         entry.waiters.append(waiter)
+        self._displace(entry, leaving, effects)
+        self.groups.add(entry)
         if waiter.pooled:
             self.entries[waiter.identity] = entry
             self._gather(entry)
         else:
             self.outside.add(entry)
-        effects.append(Connect(entry, first_close))
-        return True
+        effects.append(Connect(entry, tuple(close.backend for close in leaving)))
+        return None
 
-    def _leaving(self, effects: Effects) -> Any:
-        """Return a backend whose place can be had: one that is to be closed anyway, or the one idle for longest."""
-        for position, effect in enumerate(effects):
-            if isinstance(effect, Close):
-                del effects[position]
-                self.closing -= 1
-                return effect.backend
-        victim = next((entry for entry in self.idle if not _says_busy(entry.backend)), None)
-        if victim is None:
-            return None
-        self.counters.evicted_lru += 1
-        self._forget(victim)
-        return victim.backend
+    def _leaving(self, group: str | None, effects: Effects) -> tuple[list[Close], Limit | None]:
+        """Return whose place one more of the group can have, or the limit that forbids it.
+
+        Backends that are to be closed anyway come first, then those that were idle for longest: of the same group if
+        it is the group that is full.
+        """
+        closes = [effect for effect in effects if isinstance(effect, Close)]
+        leaving, forbidden = self.groups.make_way(group, self.config, closes)
+        if leaving or forbidden is not None or self.total < self.config.max_backends:
+            return leaving, forbidden
+        if closes:
+            return closes[:1], None
+        victim = next((entry for entry in self.idle if not says_busy(entry.backend)), None)
+        return ([], "max_backends") if victim is None else ([Close(victim, victim.backend)], None)
+
+    def _displace(self, entry: Entry, leaving: list[Close], effects: Effects) -> None:
+        """Have the new entry close these first. It stands for one of them; the others count until they are gone."""
+        for close in leaving:
+            if close.entry.state == "closed":
+                effects[:] = [effect for effect in effects if effect is not close]
+                self.groups.count_closing(close.entry.group, -1)
+            else:
+                self.counters.evicted_lru += 1
+                self._drop(close.entry)
+        self.groups.displace(entry, [close.entry.group for close in leaving])
+
+    def made_way(self, entry: Entry, now: float, effects: Effects) -> None:
+        """What an entry had to close before it may connect is gone."""
+        if entry.displaced:
+            self.groups.made_way(entry)
+            self._fill_room(now, effects)
 
     def _gather(self, entry: Entry) -> None:
         """Who waits for room for this very backend needs none of its own any more."""
-        staying: deque[Waiter] = deque()
-        for waiter in self.room:
-            same = waiter.pooled and waiter.identity == entry.identity and waiter.config == entry.config
-            (entry.waiters if same else staying).append(waiter)
-        self.room = staying
+        entry.waiters.extend(
+            self.room.take(lambda w: w.pooled and w.identity == entry.identity and w.config == entry.config)
+        )
 
     def give_up(self, waiter: Waiter, phase_timeout: float | None, now: float, effects: Effects) -> Entry | None:
         """Stop waiting. Returns the entry if it was granted in the meantime, else raises.
@@ -166,17 +185,8 @@ class Lifecycle:
         phase = self._remove(waiter)
         if phase_timeout is None:
             return None
-        counts = self.counts
-        told = ", ".join(f"{n} {what}" for what, n in counts.items())
-        who = f"backend {waiter.identity[1]!r} of key {waiter.identity[0]!r}" if waiter.pooled else "a fresh backend"
-        if phase == "room":
-            raise PoolExhausted(
-                f"no room for {who} within {phase_timeout:g} s: max_backends={self.config.max_backends} ({told})",
-                phase,
-                counts,
-            )
-        what = "it is still connecting" if phase == "connect" else "all its turns are taken"
-        raise AcquireTimeout(f"no {who} within {phase_timeout:g} s: {what} ({told})", phase, counts)
+        limit = self.groups.full(waiter.group, self.config) or f"max_backends={self.config.max_backends}"
+        raise came_too_late(waiter, phase, phase_timeout, limit, self.counts)
 
     def _remove(self, waiter: Waiter) -> str:
         if waiter in self.room:
@@ -205,7 +215,7 @@ class Lifecycle:
         if entry.waiters and entry.state != "retired" and not entry.backend.usable:
             self._send_on(entry, effects)
         finished = entry.state == "retired" or not entry.pooled or now >= entry.expires
-        if finished or entry.waiters or self.room or self.shut:
+        if finished or entry.waiters or self.room.lines or self.shut:
             self._settle(entry, now, effects)
 
     def _settle(self, entry: Entry, now: float, effects: Effects) -> None:
@@ -234,20 +244,30 @@ class Lifecycle:
             effects.append(Wake(waiter))
 
     def _fill_room(self, now: float, effects: Effects) -> None:
-        """Let waiters in, first come first served, until there is no place for the next one."""
-        while self.room:
-            waiter = self.room.popleft()
+        """Let waiters in, first come first served, until there is no place for the next one.
+
+        A waiter that a limit of its group keeps out is passed by those of other groups and of none, not by its own
+        group. A waiter that ``max_backends`` keeps out is passed by nobody. Each is tried before all who came later,
+        every time something changes, so nobody starves behind newcomers.
+        """
+        passing: set[str | None] = set()
+        while self.room.lines and (waiter := self.room.first(passing)) is not None:
             entry = self.entries.get(waiter.identity) if waiter.pooled else None
-            if entry is not None and not self._stale(entry, waiter, now, effects):
+            if entry is not None and self._stale(entry, waiter, now, effects):
+                passing.clear()  # a place can be had by that, and whoever was sent on comes first
+            elif entry is not None:
+                self.room.remove(waiter)
                 self._join(entry, waiter, now, effects)
-            elif not self._make_room(waiter, now, effects):
-                self.room.appendleft(waiter)
+            elif (forbidden := self._make_room(waiter, now, effects)) == "max_backends":
                 return
+            elif forbidden is not None:
+                passing.add(waiter.group)
 
     # -- connecting
 
     def connected(self, entry: Entry, backend: Any, now: float, effects: Effects) -> None:
         """The entry's backend is ready: new, or checked and found alive."""
+        self.made_way(entry, now, effects)
         entry.preparing = False
         if entry.state == "closed":  # the pool was closed meanwhile
             effects.append(Close(entry, backend))
@@ -268,25 +288,32 @@ class Lifecycle:
 
     def connect_failed(self, entry: Entry, error: PoolError, now: float, effects: Effects) -> None:
         """Share the failure with all who wait for this entry, and remember it for a growing, jittered time."""
+        self.made_way(entry, now, effects)
         entry.preparing = False
         if entry.state == "closed":
             if entry.backend is not None:  # its check was broken off
                 effects.append(Close(entry, entry.backend))
             else:
-                self.gone(now, effects)
+                self.gone(entry, now, effects)
             return
-        entry.apply("failed")
-        self.outside.discard(entry)
-        if self.entries.get(entry.identity) is entry:
-            del self.entries[entry.identity]
-        self.counters.connect_failures += 1
-        reason = error.reason if isinstance(error, BackendUnavailable) else type(error).__name__
-        self.counters.failures[reason] = self.counters.failures.get(reason, 0) + 1
+        self._drop(entry, "failed")
+        self.counters.count_failure(error.reason if isinstance(error, BackendUnavailable) else type(error).__name__)
         if entry.pooled and isinstance(error, BackendUnavailable):
             error = self.failed.remember(entry.identity, entry.config, error, now, self.config)
         for waiter in entry.waiters:
             waiter.error = for_each_waiter(error)
             effects.append(Wake(waiter))
+        entry.waiters.clear()
+        self._fill_room(now, effects)
+
+    def check_failed(self, entry: Entry, now: float, effects: Effects) -> None:
+        """An entry of a group lost its backend to a check. Who waits for it is first in line for a new one."""
+        entry.preparing = False
+        if entry.state == "closed":
+            self.gone(entry, now, effects)
+            return
+        self._drop(entry, "failed")
+        self.room.send_ahead(entry.waiters)
         entry.waiters.clear()
         self._fill_room(now, effects)
 
@@ -313,41 +340,46 @@ class Lifecycle:
             del self.entries[entry.identity]
         self.outside.add(entry)
 
-    def _forget(self, entry: Entry) -> None:
+    def _drop(self, entry: Entry, event: Event = "close") -> None:
         """Take the entry out of every map; its backend is the caller's business now."""
-        entry.apply("close")
+        entry.apply(event)
         self.idle.pop(entry, None)
         self.outside.discard(entry)
         if self.entries.get(entry.identity) is entry:
             del self.entries[entry.identity]
-        self.counters.closed += 1
+        self.groups.discard(entry)
+        self.counters.closed += event == "close"
 
     def _close(self, entry: Entry, effects: Effects) -> None:
-        self._forget(entry)
-        self.closing += 1
+        self._drop(entry)
+        self.groups.count_closing(entry.group, 1)
         if not entry.preparing:  # else `connected` or `connect_failed` will close what has come of it
             effects.append(Close(entry, entry.backend))
 
-    def gone(self, now: float, effects: Effects) -> None:
-        """A closed backend is really gone: its place is free."""
-        self.closing -= 1
+    def gone(self, entry: Entry, now: float, effects: Effects) -> None:
+        """The backend of a closed entry is really gone: its place is free."""
+        self.groups.count_closing(entry.group, -1)
         self._fill_room(now, effects)
 
     def due(self, now: float) -> list[Entry]:
-        """Idle entries past their idle timeout, and those over the cap, in the order of their release."""
+        """Idle entries past their idle timeout, and those over the cap, in the order of their release.
+
+        Then those by which a group is over its count or its weight, group by group. Costs what it finds, and one look
+        at each member of a group that has a limit of weight.
+        """
         over = self.total - self.config.max_backends
         found: list[Entry] = []
         for entry in self.idle:
             if now - entry.idle_since < self.config.idle_timeout and len(found) >= over:
                 break
             found.append(entry)
-        return found
+        return found + self.groups.over(self.config, found)
 
     def sweep(self, now: float, effects: Effects) -> list[Identity]:
         """Evict what is due and forget old failures; a backend that says it is busy is spared. Returns identities."""
         evicted = []
         for entry in self.due(now):
-            if _says_busy(entry.backend):
+            if says_busy(entry.backend):
                 self.touch(entry, now)
                 continue
             if now - entry.idle_since >= self.config.idle_timeout:
@@ -380,17 +412,24 @@ class Lifecycle:
     def expel(self, match: Callable[[str], bool], now: float, effects: Effects) -> list[Identity]:
         """End every pooled backend whose primary matches, now: its users and waiters will see `BackendClosed`."""
         gone = [entry for entry in self.live if entry.pooled and match(entry.identity[0])]
-        waiting = [waiter for waiter in self.room if waiter.pooled and match(waiter.identity[0])]
-        self.room = deque(waiter for waiter in self.room if not (waiter.pooled and match(waiter.identity[0])))
+        waiting = self.room.take(lambda waiter: waiter.pooled and match(waiter.identity[0]))
         for entry in gone:
             waiting.extend(entry.waiters)
             entry.waiters.clear()
             self._close(entry, effects)
-        _send_away(waiting, "the backends of this key were closed", effects)
+        send_away(waiting, "the backends of this key were closed", effects)
         self._fill_room(now, effects)
         return [entry.identity for entry in gone]
 
-    def register(self, identity: Identity, config: dict[str, Any], backend: Any, now: float, effects: Effects) -> None:
+    def register(
+        self,
+        identity: Identity,
+        config: dict[str, Any],
+        backend: Any,
+        now: float,
+        effects: Effects,
+        group: str | None = None,
+    ) -> None:
         """Adopt a backend that somebody else connected; one that was there before is retired."""
         if self.shut:
             raise BackendClosed("the pool is closed")
@@ -400,17 +439,17 @@ class Lifecycle:
             return
         if before is not None:
             self._retire(before, effects)
-        entry = Entry(identity, config, None, now, pooled=True)
+        entry = Entry(identity, config, None, now, pooled=True, group=group)
         self.entries[identity] = entry
+        self.groups.add(entry)
         self._gather(entry)
         self.connected(entry, backend, now, effects)
 
     def shutdown(self, effects: Effects) -> None:
         """Admit nobody, send every waiter away, close what is idle. Busy entries are left to `close_rest`."""
         self.shut = True
-        waiting = [*self.room, *(waiter for entry in self.live for waiter in entry.waiters)]
-        self.room.clear()
-        _send_away(waiting, "the pool is closed", effects)
+        waiting = [*self.room.take(), *(waiter for entry in self.live for waiter in entry.waiters)]
+        send_away(waiting, "the pool is closed", effects)
         for entry in self.live:
             entry.waiters.clear()
             if not entry.users:
@@ -444,7 +483,7 @@ class Lifecycle:
     @property
     def total(self) -> int:
         """Backends that are alive or being made: what ``max_backends`` caps."""
-        return len(self.entries) + len(self.outside) + self.closing
+        return len(self.entries) + len(self.outside) + self.groups.closing
 
     @property
     def counts(self) -> dict[str, int]:
@@ -458,43 +497,4 @@ class Lifecycle:
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the state contradicts itself; tests call it after every event."""
-        for identity, entry in self.entries.items():
-            assert entry.identity == identity
-            assert entry.state in ("connecting", "idle", "busy"), entry
-            assert (entry.state == "idle") == (entry in self.idle), entry
-            assert entry not in self.outside, entry
-        for entry in self.outside:
-            assert entry.state == "retired" or not entry.pooled, entry
-        for entry in self.live:
-            assert entry.users >= 0, entry
-            assert (entry.state == "busy") <= (entry.users > 0), entry
-            assert (entry.state == "idle") <= (entry.users == 0), entry
-            assert entry.max_users is None or entry.users <= entry.max_users, entry
-            served = entry.max_users is not None and entry.users >= entry.max_users
-            assert not entry.waiters or entry.preparing or served, entry
-            assert entry.preparing or entry.backend is not None, entry
-            assert not entry.preparing or not entry.users, entry
-            assert (entry.state == "connecting") <= entry.preparing, entry
-            assert entry.state != "retired" or entry.users or entry.preparing, entry
-        for entry in self.idle:
-            assert entry.state == "idle", entry
-        for waiter in self.room:
-            found = self.entries.get(waiter.identity) if waiter.pooled else None
-            assert found is None or found.config != waiter.config, f"{found} needs no room, yet somebody waits for it"
-        ages = [entry.idle_since for entry in self.idle]
-        assert ages == sorted(ages), "idle map is not ordered by time of release"
-        assert self.closing >= 0
-        spare = [entry for entry in self.idle if not _says_busy(entry.backend)]
-        assert not (self.room and spare and self.total <= self.config.max_backends), "room waiter beside idle"
-
-
-def _send_away(waiting: Iterable[Waiter], why: str, effects: Effects) -> None:
-    for waiter in waiting:
-        waiter.error = BackendClosed(why)
-        effects.append(Wake(waiter))
-
-
-def _says_busy(backend: Any) -> bool:
-    with suppress(Exception):  # a backend that cannot even say so is not spared
-        return bool(backend.is_busy())
-    return False
+        check(self)

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from pool.backends.base import Trust
 from pool.borrowing import B, Borrowed, Borrowing
 from pool.config import PoolConfig
-from pool.connector import Connector
+from pool.connector import CheckFailed, Connector
 from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter
 from pool.errors import ConfigError, PoolError
 from pool.keys import check_key
@@ -40,6 +40,9 @@ class BackendPoolManager(Generic[B]):
     *backend_class* (or any function) is called with a key's effective config as keyword arguments:
     *default_config*, overlaid by *config_for* ``(primary, agent)`` if given, overlaid by the ``config`` of the acquire.
 
+    *group_for* ``(primary, agent)`` names the group of a backend before it exists, or returns None: its limits are in
+    ``groups`` of the settings. It is called by each acquire that finds no warm backend.
+
     *trust*, called often and from the event loop, returns for how many seconds from now this process may work for its
     keys; None, and no function at all: without limit. A remote host ends, by itself, what a process that is frozen or
     cut off has running there when that time is over (``pool/backends/pulse.py``).
@@ -61,11 +64,13 @@ class BackendPoolManager(Generic[B]):
         config_for: Callable[[str, str], Mapping[str, Any]] | None = None,
         settings: PoolConfig | None = None,
         trust: Trust | None = None,
+        group_for: Callable[[str, str], str | None] | None = None,
     ) -> None:
         if not callable(backend_class):
             raise ConfigError(f"backend_class={backend_class!r}: must be a class or function that makes a backend")
         self._default_config = dict(default_config or {})
         self._config_for = config_for
+        self._group_for = group_for
         given = {
             "idle_timeout": idle_timeout,
             "max_backends": max_backends,
@@ -75,7 +80,7 @@ class BackendPoolManager(Generic[B]):
         }
         changes = {name: value for name, value in given.items() if value is not None}
         self._life = Lifecycle((settings or PoolConfig()).changed(**changes))
-        self._connector = Connector(backend_class, lambda: self._life.config, trust)
+        self._connector = Connector(backend_class, lambda: self._life.config, trust, self)
         self._lock = threading.Lock()
         self._fork = fork_count()
         self._periodic_cleanup = enable_periodic_cleanup
@@ -165,7 +170,8 @@ class BackendPoolManager(Generic[B]):
         identity: Identity = ("", agent or DEFAULT_AGENT)
         if key is not None:
             identity = (key if key == SHARED else check_key(key), agent or DEFAULT_AGENT)
-        return Waiter(identity, self._effective(identity, override), override, wake, pooled=key is not None)
+        config = self._effective(identity, override)
+        return Waiter(identity, config, override, wake, pooled=key is not None, group=self._group(identity))
 
     def _ask(self, waiter: Waiter) -> None:
         """Queue a waiter for what the warm path could not give."""
@@ -177,6 +183,9 @@ class BackendPoolManager(Generic[B]):
     def _effective(self, identity: Identity, override: dict[str, Any] | None) -> dict[str, Any]:
         specific = self._config_for(*identity) if self._config_for is not None else {}
         return {**self._default_config, **specific, **(override or {})}
+
+    def _group(self, identity: Identity) -> str | None:
+        return None if self._group_for is None else self._group_for(*identity)
 
     def _collect(self, waiter: Waiter, timeout: float) -> Borrowed[B]:
         if waiter.entry is None:
@@ -220,7 +229,7 @@ class BackendPoolManager(Generic[B]):
             if isinstance(effect, Connect):
                 loop_thread().spawn(self._prepare(effect.entry, effect.first_close))
             elif isinstance(effect, Close):
-                loop_thread().spawn(self._close(effect.backend))
+                loop_thread().spawn(self._close(effect))
             else:
                 try:
                     effect.waiter.wake()
@@ -231,11 +240,18 @@ class BackendPoolManager(Generic[B]):
         """Have the connector make the entry ready, then tell the lifecycle how it went."""
         error: PoolError | None = None
         backend: B | None = None
+        check_failed = False
         task = asyncio.current_task()
         assert task is not None
         self._preparing.add(task)
         try:
-            backend = await self._connector.ready(entry, first_close)
+            if first_close:
+                await self._connector.make_way(first_close)
+                with self._deciding() as (now, effects):
+                    self._life.made_way(entry, now, effects)
+            backend = await self._connector.ready(entry)
+        except CheckFailed:
+            check_failed = True
         except PoolError as caught:
             error = caught
         finally:
@@ -243,17 +259,19 @@ class BackendPoolManager(Generic[B]):
             with self._deciding() as (now, effects):
                 if backend is not None:
                     self._life.connected(entry, backend, now, effects)
+                elif check_failed:
+                    self._life.check_failed(entry, now, effects)
                 else:
                     error = error or PoolError("interrupted")
                     self._life.connect_failed(entry, error, now, effects)
                 self._quiet.notify_all()
 
-    async def _close(self, backend: B) -> None:
+    async def _close(self, close: Close) -> None:
         try:
-            await self._connector.destroy(backend)
+            await self._connector.destroy(close.backend)
         finally:
             with self._deciding() as (now, effects):
-                self._life.gone(now, effects)
+                self._life.gone(close.entry, now, effects)
                 self._quiet.notify_all()
 
     def _refuse_fork(self) -> None:
@@ -287,6 +305,7 @@ class BackendPoolManager(Generic[B]):
                 evicted_lru=totals.evicted_lru,
                 retired_total=totals.retired,
                 oldest_busy=max((now - entry.busy_since for entry in live if entry.users), default=0.0),
+                groups=life.groups.counts(life.config),
             )
 
     def get(self, primary: str, agent: str = DEFAULT_AGENT) -> B | None:
@@ -316,7 +335,7 @@ class BackendPoolManager(Generic[B]):
         """Adopt a backend that is connected already. One that was pooled under this identity is retired."""
         identity = (primary if primary == SHARED else check_key(primary), agent)
         with self._deciding() as (now, effects):
-            self._life.register(identity, self._effective(identity, None), backend, now, effects)
+            self._life.register(identity, self._effective(identity, None), backend, now, effects, self._group(identity))
             self._connector.watch(backend)
 
     def health(self) -> dict[str, int]:
@@ -364,7 +383,7 @@ class BackendPoolManager(Generic[B]):
         """Carry out; return when everything that had to be closed is gone."""
         closes = [effect for effect in effects if isinstance(effect, Close)]
         self._carry_out([effect for effect in effects if not isinstance(effect, Close)])
-        calls = [loop_thread().spawn(self._close(close.backend)) for close in closes]
+        calls = [loop_thread().spawn(self._close(close)) for close in closes]
         # Shielded: a caller that is cancelled stops waiting; what has left the pool is closed all the same.
         await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(call.future)) for call in calls))
 
@@ -455,7 +474,7 @@ class BackendPoolManager(Generic[B]):
         loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._preparing])
         self._carry_out(effects)
         with self._lock:
-            self._quiet.wait_for(lambda: not self._life.closing, self._life.config.close_timeout + 1)
+            self._quiet.wait_for(lambda: not self._life.groups.closing, self._life.config.close_timeout + 1)
 
     def dispose(self) -> None:
         """`destroy_all` without grace."""

@@ -16,6 +16,11 @@ class Counters:
     closed: int = 0
     failures: dict[str, int] = field(default_factory=dict)
 
+    def count_failure(self, reason: str) -> None:
+        """A connect failed."""
+        self.connect_failures += 1
+        self.failures[reason] = self.failures.get(reason, 0) + 1
+
 
 @dataclass(frozen=True)
 class PoolStats:
@@ -48,3 +53,6 @@ class PoolStats:
     """Ended because their config changed, their connection was lost, their lifetime ended or their key was closed."""
     oldest_busy: float = 0.0
     """Seconds since the longest busy backend was last idle."""
+    groups: dict[str, dict[str, int]] = field(default_factory=dict)
+    """For each group that has limits or backends: ``total`` (closing ones included), ``busy``, ``idle``, ``starting``
+    (they have no connection yet) and ``weight`` (bytes, as last measured)."""

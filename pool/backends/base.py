@@ -8,10 +8,13 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pool.errors import BackendClosed
 from pool.runtime import loop_thread, was_cancelled
+
+if TYPE_CHECKING:
+    from pool.manager import BackendPoolManager
 
 T = TypeVar("T")
 
@@ -57,6 +60,13 @@ class Backend(ABC):
     capabilities: Capabilities = Capabilities()
     trust: Trust | None = None
     """Set by a pool that has one, before it connects. A kind whose work outlives a frozen process uses it in `open`."""
+    pool: "BackendPoolManager[Any] | None" = None
+    """Set by a pool before it connects. A kind that is built on another backend of its key borrows it there in `open`
+    (``await self.pool.aacquire_backend(...)``), and releases it in `close`."""
+    open_timeout: float | None = None
+    """Seconds for `open`; None: the pool's ``connect_timeout``."""
+    weight: int = 0
+    """Bytes of memory that its processes on this machine hold, as last measured; refreshed by its own `tick_health`."""
 
     def __init__(self) -> None:
         self._status = BackendStatus.NEW

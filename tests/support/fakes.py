@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 from pool.backends.base import Backend, Capabilities
@@ -134,5 +136,51 @@ class TickingFarm(Farm):
 
     def __call__(self, **config: Any) -> TickingBackend:
         backend = TickingBackend(self, config)
+        self.made.append(backend)
+        return backend
+
+
+class CountedBackend(FakeBackend):
+    """Counts, for its kind (``kind`` of its config), how many are open and how many of them are in `open`."""
+
+    async def open(self) -> None:
+        book = self.farm.books[self.config["kind"]]
+        book.alive += 1
+        book.opening += 1
+        book.most_alive = max(book.most_alive, book.alive)
+        book.most_opening = max(book.most_opening, book.opening)
+        try:
+            await super().open()
+            await asyncio.sleep(0.001)
+        finally:
+            book.opening -= 1
+
+    async def close(self) -> None:
+        await asyncio.sleep(0.001)
+        before = self.closed
+        await super().close()
+        if self.opened and not before:
+            self.farm.books[self.config["kind"]].alive -= 1
+
+
+@dataclass
+class Book:
+    """What `CountedBackend`s of one kind count."""
+
+    alive: int = 0
+    opening: int = 0
+    most_alive: int = 0
+    most_opening: int = 0
+
+
+class CountingFarm(Farm):
+    """Makes `CountedBackend`s."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.books: dict[str, Book] = defaultdict(Book)
+
+    def __call__(self, **config: Any) -> CountedBackend:
+        backend = CountedBackend(self, config)
         self.made.append(backend)
         return backend

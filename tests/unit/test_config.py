@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pool.config import PoolConfig, Settings
+from pool.config import GroupLimit, PoolConfig, Settings
 from pool.errors import ConfigError
 
 NAN = math.nan
@@ -24,6 +24,39 @@ def test_the_defaults_are_sound_and_as_documented():
     assert settings.leased
     assert (settings.lease_ttl, settings.lease_heartbeat, settings.handoff_timeout) == (5.0, 1.0, 300.0)
     assert settings.key_concurrency == 4
+
+
+@pytest.mark.parametrize("name", ["count", "starting"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "5", True])
+def test_a_groups_numbers_must_be_whole_and_one_or_more(name, value):
+    """The error names field, value, unit and rule."""
+    with pytest.raises(ConfigError, match=f"^{name}={re.escape(repr(value))} backends: must be a whole number"):
+        GroupLimit(**{"count": 1, name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, "5", True, NAN])
+def test_a_groups_weight_must_be_more_than_zero(value):
+    """Bytes; None stands for no limit."""
+    with pytest.raises(ConfigError, match=f"^weight={re.escape(repr(value))} bytes: must be more than 0"):
+        GroupLimit(1, weight=value)
+    assert GroupLimit(1).weight is None
+    assert GroupLimit(1).starting is None
+
+
+@pytest.mark.parametrize("groups", [{"g": 5}, {"": GroupLimit(1)}, {3: GroupLimit(1)}, [GroupLimit(1)], None])
+def test_groups_are_names_with_limits(groups):
+    """Anything else is told at start."""
+    with pytest.raises(ConfigError, match=r"^groups.*GroupLimit"):
+        PoolConfig(groups=groups)
+
+
+def test_a_config_keeps_its_groups():
+    """A mapping that its maker changes afterwards changes no pool."""
+    given = {"g": GroupLimit(1)}
+    config = PoolConfig(groups=given)
+    given.clear()
+    assert config.groups == {"g": GroupLimit(1)}
+    assert config.changed(max_backends=3).groups == config.groups
 
 
 @pytest.mark.parametrize("name", POSITIVE)

@@ -1,112 +1,13 @@
 """The pure state machine: events and ``now`` go in, states and effects come out. Nothing here waits."""
 
-from typing import Any
-
 import pytest
 
-from pool.backends.base import Capabilities
 from pool.config import PoolConfig
-from pool.entry import TRANSITIONS, Close, Connect, Entry, IllegalTransition, Waiter, Wake
+from pool.entry import TRANSITIONS, Close, Connect, Entry, IllegalTransition, Wake
 from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, ConfigError, PoolExhausted
-from pool.lifecycle import Lifecycle
+from tests.support.world import Thing, World
 
 EVENTS = sorted({event for row in TRANSITIONS.values() for event in row})
-
-
-class Thing:
-    """As much of a backend as the lifecycle looks at."""
-
-    def __init__(self, name: str = "", max_users: int | None = None) -> None:
-        self.name = name
-        self.capabilities = Capabilities(max_users=max_users)
-        self.usable = True
-        self.working = False
-
-    def is_busy(self) -> bool:
-        return self.working
-
-    def __repr__(self) -> str:
-        return f"<Thing {self.name}>"
-
-
-class World:
-    """A lifecycle, a clock that a test moves, and the driver's duties done by hand."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.dice = 0.0
-        self.life = Lifecycle(PoolConfig(**settings), jitter=lambda: self.dice)
-        self.now = 1000.0
-        self.effects: list[Any] = []
-        self.woken: list[Waiter] = []
-
-    def ask(self, key: str | None = "a", config: dict[str, Any] | None = None, agent: str = "x") -> Waiter:
-        """Acquire, and queue where that has to wait."""
-        identity = (key or "", agent)
-        waiter = Waiter(identity, config or {}, config, lambda: None, pooled=key is not None)
-        try:
-            self.life.acquire(waiter, self.now, self.effects)
-        finally:
-            self.life.check_invariants()
-        return waiter
-
-    def take(self, kind: type) -> list[Any]:
-        """Return the effects of one kind since the last time, and forget them."""
-        found = [effect for effect in self.effects if isinstance(effect, kind)]
-        self.effects = [effect for effect in self.effects if not isinstance(effect, kind)]
-        self.life.check_invariants()
-        return found
-
-    def connect(self, *things: Thing) -> list[Entry]:
-        """Finish every connect that was asked for."""
-        entries = [effect.entry for effect in self.take(Connect)]
-        given = list(things)
-        for entry in entries:
-            thing = given.pop(0) if given else Thing(entry.identity[0])
-            self.life.connected(entry, thing, self.now, self.effects)
-            self.life.check_invariants()
-        return entries
-
-    def fail(self, error: Exception | None = None) -> None:
-        """Fail every connect that was asked for."""
-        for effect in self.take(Connect):
-            error = error or BackendUnavailable("refused", "refused", 0.0)
-            self.life.connect_failed(effect.entry, error, self.now, self.effects)
-            self.life.check_invariants()
-
-    def hold(self, key: str | None = "a", thing: Thing | None = None, **rest: Any) -> Entry:
-        """Acquire and connect; the entry is in use."""
-        waiter = self.ask(key, **rest)
-        if waiter.entry is None:
-            self.connect(*([thing] if thing else []))
-        assert waiter.entry is not None
-        return waiter.entry
-
-    def rest(self, key: str = "a", thing: Thing | None = None, **rest: Any) -> Entry:
-        """Acquire, connect and release: the entry is idle."""
-        return self.release(self.hold(key, thing, **rest))
-
-    def release(self, entry: Entry) -> Entry:
-        self.life.release(entry, self.now, self.effects)
-        self.life.check_invariants()
-        return entry
-
-    def closed(self) -> list[Any]:
-        """Finish every close that was asked for; returns the backends."""
-        closes = self.take(Close)
-        for _ in closes:
-            self.life.gone(self.now, self.effects)
-            self.life.check_invariants()
-        return [effect.backend for effect in closes]
-
-    def warm(self, key: str = "a", config: dict[str, Any] | None = None) -> Entry | None:
-        entry = self.life.acquire_warm((key, "x"), config, self.now)
-        self.life.check_invariants()
-        return entry
-
-    def sweep(self) -> list[Any]:
-        evicted = self.life.sweep(self.now, self.effects)
-        self.life.check_invariants()
-        return evicted
 
 
 # -- the table
@@ -383,11 +284,11 @@ def test_a_backend_that_is_being_closed_keeps_its_place():
     world = World(max_backends=1)
     world.rest("a")
     world.life.close_key("a", world.now, world.effects)
-    assert len(world.take(Close)) == 1
+    [close] = world.take(Close)
     world.ask("b")
     assert world.take(Connect) == []
     assert world.life.total == 1
-    world.life.gone(world.now, world.effects)
+    world.life.gone(close.entry, world.now, world.effects)
     assert len(world.take(Connect)) == 1
 
 

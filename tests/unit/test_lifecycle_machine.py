@@ -7,13 +7,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pool.backends.base import Capabilities
-from pool.config import PoolConfig
+from pool.config import GroupLimit, PoolConfig
 from pool.entry import Close, Connect, Entry, Waiter, Wake
 from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, ConfigError, PoolError
+from pool.groups import Group
 from pool.lifecycle import Lifecycle
 
 KEYS = st.sampled_from(["a", "b", "c", "d", None])
 CONFIGS = st.sampled_from([None, None, None, {"n": 1}])
+AGENTS = st.sampled_from(["x", "x", "g", "h"])  # "x" belongs to no group, the others to the one of their name
+LIMITS = st.builds(
+    GroupLimit,
+    count=st.integers(1, 3),
+    weight=st.sampled_from([None, 100]),
+    starting=st.sampled_from([None, 1, 2]),
+)
 NUMBER = st.integers(0, 1000)  # picks one of a list, whatever its length
 
 
@@ -26,18 +34,30 @@ class Thing:
         self.capabilities = Capabilities(max_users=max_users)
         self.usable = True
         self.working = False
+        self.weight = 0
 
     def is_busy(self) -> bool:
         return self.working
 
 
+def weigh(entry: Entry) -> int:
+    return 0 if entry.backend is None else entry.backend.weight
+
+
 class LifecycleMachine(RuleBasedStateMachine):
     """Drives a `Lifecycle` as the manager does, in any order of events."""
 
-    @initialize(cap=st.integers(1, 4))
-    def start(self, cap: int) -> None:
+    @initialize(cap=st.integers(1, 4), limit=LIMITS, other=LIMITS)
+    def start(self, cap: int, limit: GroupLimit, other: GroupLimit) -> None:
         self.life = Lifecycle(
-            PoolConfig(max_backends=cap, idle_timeout=50, check_after=20, max_lifetime=120, backoff_base=2),
+            PoolConfig(
+                max_backends=cap,
+                idle_timeout=50,
+                check_after=20,
+                max_lifetime=120,
+                backoff_base=2,
+                groups={"g": limit, "h": other},
+            ),
             jitter=lambda: 0.5,
         )
         self.now = 0.0
@@ -53,6 +73,8 @@ class LifecycleMachine(RuleBasedStateMachine):
     def decide(self, call: Any, *args: Any, grows: int = 0) -> Any:
         """Let the lifecycle decide, check what it asks for, and keep it for later."""
         before = self.life.total
+        groups = {name: self.life.groups.get(name, Group()) for name in "gh"}
+        totals = {name: (group.total, group.starting) for name, group in groups.items()}
         effects: list[Any] = []
         try:
             return call(*args, effects)
@@ -71,6 +93,10 @@ class LifecycleMachine(RuleBasedStateMachine):
                 else:
                     self.served(effect)
             assert self.life.total <= max(before + grows, self.life.config.max_backends), "beyond the cap"
+            for name, (total, starting) in totals.items():
+                group, limit = self.life.groups.get(name, Group()), self.life.config.groups[name]
+                assert group.total <= max(total + grows, limit.count), f"group {name} beyond its count"
+                assert limit.starting is None or group.starting <= max(starting, limit.starting), "too many starts"
 
     def served(self, wake: Wake) -> None:
         waiter = wake.waiter
@@ -89,9 +115,9 @@ class LifecycleMachine(RuleBasedStateMachine):
 
     # -- events
 
-    @rule(key=KEYS, config=CONFIGS)
-    def acquire(self, key: str | None, config: dict[str, Any] | None) -> None:
-        identity = (key or "", "x")
+    @rule(key=KEYS, config=CONFIGS, agent=AGENTS)
+    def acquire(self, key: str | None, config: dict[str, Any] | None, agent: str) -> None:
+        identity = (key or "", agent)
         if key is not None:
             entry = self.life.acquire_warm(identity, config, self.now)
             if entry is not None:
@@ -99,7 +125,8 @@ class LifecycleMachine(RuleBasedStateMachine):
                 assert entry.backend.usable
                 self.held.append(entry)
                 return
-        waiter = Waiter(identity, config or {}, config, lambda: None, pooled=key is not None)
+        group = None if agent == "x" else agent
+        waiter = Waiter(identity, config or {}, config, lambda: None, pooled=key is not None, group=group)
         self.waiting.append(waiter)
         try:
             self.decide(self.life.acquire, waiter, self.now)
@@ -111,6 +138,17 @@ class LifecycleMachine(RuleBasedStateMachine):
             self.waiting.remove(waiter)
         else:
             assert waiter.entry is None or waiter.entry.backend.usable
+
+    @precondition(lambda self: any(connect.first_close for connect in self.connecting))
+    @rule(which=NUMBER)
+    def way_is_made(self, which: int) -> None:
+        """What a connect has to close first is gone."""
+        places = [n for n, connect in enumerate(self.connecting) if connect.first_close]
+        place = places[which % len(places)]
+        connect = self.connecting[place]
+        self.connecting[place] = connect._replace(first_close=())
+        self.alive.difference_update(connect.first_close)
+        self.decide(self.life.made_way, connect.entry, self.now)
 
     @precondition(lambda self: self.connecting)
     @rule(
@@ -126,6 +164,10 @@ class LifecycleMachine(RuleBasedStateMachine):
         if outcome == "good" and entry.backend is not None:
             entry.backend.usable = True
             self.decide(self.life.connected, entry, entry.backend, self.now)
+            return
+        if entry.backend is not None and entry.group is not None and outcome != "wrong":
+            self.alive.remove(entry.backend)
+            self.decide(self.life.check_failed, entry, self.now)
             return
         closed = entry.state == "closed"  # then its old backend is the lifecycle's to close, if that has to be
         if entry.backend is not None and not (closed and outcome in ("refused", "wrong")):
@@ -145,7 +187,7 @@ class LifecycleMachine(RuleBasedStateMachine):
     def close_ends(self, which: int) -> None:
         close = self.closing.pop(which % len(self.closing))
         self.alive.remove(close.backend)
-        self.decide(self.life.gone, self.now)
+        self.decide(self.life.gone, close.entry, self.now)
 
     @precondition(lambda self: self.held)
     @rule(which=NUMBER)
@@ -185,7 +227,17 @@ class LifecycleMachine(RuleBasedStateMachine):
             for number, entry in enumerate(list(self.life.idle))
             if (self.now - entry.idle_since >= 50 or number < over) and not entry.backend.working
         ]
-        assert self.decide(self.life.sweep, self.now) == expected
+        for name in list(self.life.groups):
+            limit = self.life.config.groups[name]
+            staying = [e for e in self.life.live if e.group == name and e.identity not in expected]
+            spare = [e for e in self.life.idle if e in staying and not e.backend.working]
+            for entry in spare:
+                heavy = limit.weight is not None and sum(map(weigh, staying)) > limit.weight
+                if len(staying) > limit.count or (heavy and weigh(entry)):
+                    staying.remove(entry)
+                    expected.append(entry.identity)
+        evicted = self.decide(self.life.sweep, self.now)
+        assert sorted(evicted) == sorted(expected)
 
     @rule(key=st.sampled_from("abcd"))
     def close_key(self, key: str) -> None:
@@ -201,23 +253,29 @@ class LifecycleMachine(RuleBasedStateMachine):
         assert not [waiter for waiter in self.waiting if waiter.pooled and waiter.identity[0] in keys]
         assert not [entry for entry in self.life.live if entry.pooled and entry.identity[0] in keys]
 
-    @rule(key=st.sampled_from("abcd"), max_users=st.sampled_from([None, 1]))
-    def register(self, key: str, max_users: int | None) -> None:
-        thing = Thing((key, "x"), {}, max_users)
+    @rule(key=st.sampled_from("abcd"), max_users=st.sampled_from([None, 1]), agent=AGENTS)
+    def register(self, key: str, max_users: int | None, agent: str) -> None:
+        thing = Thing((key, agent), {}, max_users)
+        group = None if agent == "x" else agent
         self.alive.add(thing)
         try:
-            self.decide(self.life.register, thing.identity, {}, thing, self.now, grows=1)
+            self.decide(
+                lambda effects: self.life.register(thing.identity, {}, thing, self.now, effects, group), grows=1
+            )
         except BackendClosed:
             self.alive.remove(thing)
 
     @precondition(lambda self: self.alive)
-    @rule(which=NUMBER, what=st.sampled_from(["lost", "working", "resting"]))
-    def backend_changes(self, which: int, what: str) -> None:
+    @rule(which=NUMBER, what=st.sampled_from(["lost", "working", "resting", 0, 40, 70, 120]))
+    def backend_changes(self, which: int, what: str | int) -> None:
         thing = self.pick(which)
         if what == "lost":
             thing.usable = False
         else:
-            thing.working = what == "working"
+            if isinstance(what, int):
+                thing.weight = what
+            else:
+                thing.working = what == "working"
             # Nobody tells the lifecycle; what waits is looked at with the next event, at the latest a sweep.
             self.decide(lambda effects: self.life.configure(self.life.config, self.now, effects))
 
@@ -226,17 +284,23 @@ class LifecycleMachine(RuleBasedStateMachine):
         known = [entry.backend for entry in self.life.live if entry.backend is not None]
         known.extend(close.backend for close in self.closing)
         known.extend(victim for connect in self.connecting for victim in connect.first_close)
+        known.extend(c.entry.backend for c in self.connecting if c.entry.backend in self.alive)  # closed in its check
         return known[which % len(known)]
 
-    @rule(key=st.sampled_from("abcd"))
-    def touch(self, key: str) -> None:
-        entry = self.life.entries.get((key, "x"))
+    @rule(key=st.sampled_from("abcd"), agent=AGENTS)
+    def touch(self, key: str, agent: str) -> None:
+        entry = self.life.entries.get((key, agent))
         if entry is not None:
             self.life.touch(entry, self.now)
 
     @rule(cap=st.integers(1, 5))
     def configure(self, cap: int) -> None:
         self.decide(self.life.configure, self.life.config.changed(max_backends=cap), self.now)
+
+    @rule(limit=LIMITS)
+    def configure_group(self, limit: GroupLimit) -> None:
+        groups = {**self.life.config.groups, "g": limit}
+        self.decide(self.life.configure, self.life.config.changed(groups=groups), self.now)
 
     @precondition(lambda self: self.now > 100)
     @rule()
@@ -266,6 +330,15 @@ class LifecycleMachine(RuleBasedStateMachine):
             assert len(self.alive) + len(becoming) == self.life.total
 
     @invariant()
+    def every_live_backend_of_a_group_is_counted(self) -> None:
+        """A group may reckon with one that is yet to start, never with fewer than there are."""
+        if hasattr(self, "life"):
+            opening = [c.entry for c in self.connecting if not c.first_close and c.entry.backend is None]
+            for name in "gh":
+                there = [x for x in (*self.alive, *opening) if x.identity[1] == name]
+                assert len(there) <= self.life.groups.get(name, Group()).total, f"group {name} has more"
+
+    @invariant()
     def one_entry_takes_newcomers(self) -> None:
         if hasattr(self, "life"):
             open_ones = [e.identity for e in self.life.live if e.pooled and e.state != "retired"]
@@ -284,9 +357,10 @@ class LifecycleMachine(RuleBasedStateMachine):
             return
         under_way = [connect.entry for connect in self.connecting]
         waiting = list(self.life.room)
-        if waiting:
-            assert self.life.total >= self.life.config.max_backends, "there is room"
-            assert all(e.backend.working for e in self.life.idle), "an idle backend could make room"
+        for waiter in waiting:
+            if not self.group_is_full(waiter.group):
+                assert self.life.total >= self.life.config.max_backends, "there is room"
+                assert all(e.backend.working for e in self.life.idle), "an idle backend could make room"
         for entry in self.life.live:
             waiting.extend(entry.waiters)
             if entry.waiters and entry not in under_way:
@@ -294,6 +368,20 @@ class LifecycleMachine(RuleBasedStateMachine):
                 assert entry.users == entry.max_users, "a turn is free, and yet somebody waits"
         assert {id(waiter) for waiter in waiting} == {id(waiter) for waiter in self.waiting}
         assert len(waiting) == len(self.waiting)
+
+    def group_is_full(self, name: str | None) -> bool:
+        """Whether the group has no room even without those of its members that may be evicted."""
+        if name is None:
+            return False
+        limit = self.life.config.groups[name]
+        members = [e for e in self.life.live if e.group == name]
+        spare = [e for e in members if e.state == "idle" and not e.backend.working]
+        weight = sum(weigh(e) for e in members if e not in spare)
+        return (
+            (limit.starting is not None and sum(e.backend is None for e in members) >= limit.starting)
+            or (limit.weight is not None and weight >= limit.weight)
+            or (self.life.groups.get(name, Group()).total >= limit.count and not spare)
+        )
 
     def teardown(self) -> None:
         """Everybody goes home, the pool is shut: nothing is left over."""
@@ -310,6 +398,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         assert not self.waiting
         assert not self.alive, "leaked"
         assert self.life.total == 0
+        assert self.life.groups == {}
         assert not self.life.live
 
 

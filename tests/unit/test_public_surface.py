@@ -10,7 +10,7 @@ import pool
 SURFACE = """
     SHARED AcquireTimeout Backend BackendClosed BackendPoolManager BackendStatus BackendUnavailable Borrowed
     Capabilities CommandFailed CommandTimeout ConfigError ExecResult FileMissing FileOperationFailed FileStat
-    InvalidKey LocalFilesystemBackend MemoryBackend NotOwner PathEscapeError PoolConfig PoolError PoolExhausted
+    GroupLimit InvalidKey LocalFilesystemBackend MemoryBackend NotOwner PathEscapeError PoolConfig PoolError PoolExhausted
     PoolStats PooledTask RemoteFilesystemBackend ScopedBackend Settings close_chat close_idle_chats install
     sweep_shard
 """.split()
