@@ -8,8 +8,8 @@ Keys, all with the hash tag of the namespace, so that they share one slot of a R
     {pool}:leases         hash    shard -> "epoch incarnation": of the lease table (`redis_store`), only read here
 
 A record is a JSON object of texts: Lua's JSON keeps 14 digits of a number, and epochs and times have 16. Fields of a
-newer version that are texts survive a write by an older one. ``call`` tells a command that the client has sent again,
-because the connection broke, from another attempt of the same turn.
+newer version that are texts survive a write by an older one. Two are not in `Chat`: ``call`` tells a command that the
+client has sent again, because the connection broke, from another attempt of the same turn; ``repeated`` notes that one.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ local function sound(record)
   for name, value in pairs(record) do
     if type(name) ~= 'string' then return false end
   end
-  for _, name in ipairs({'session_id', 'worktree', 'branch', 'version', 'turn', 'call'}) do
+  for _, name in ipairs({'session_id', 'worktree', 'branch', 'version', 'turn', 'call', 'repeated'}) do
     if record[name] ~= nil and type(record[name]) ~= 'string' then return false end
   end
   for _, name in ipairs({'created', 'last_active', 'epoch'}) do
@@ -129,9 +129,10 @@ BEGIN = (
 local agent, turn, call = ARGV[4], ARGV[5], ARGV[6]
 if broken[agent] then return {'broken', agent} end
 local record = records[agent] or {created = now}
-local repeated = record.turn == turn and record.call ~= call
+local repeated = nil
+if record.turn == turn and (record.repeated or record.call ~= call) then repeated = '1' end
 if record.state ~= 'closing' then
-  record.state, record.turn, record.call, record.last_active = 'open', turn, call, now
+  record.state, record.turn, record.call, record.repeated, record.last_active = 'open', turn, call, repeated, now
   records[agent] = record
   write(agent)
   list()
@@ -162,7 +163,7 @@ local agent, turn = ARGV[4], ARGV[5]
 if broken[agent] then return {'broken', agent} end
 local record = records[agent]
 if record then
-  if record.turn == turn then record.turn, record.call = nil, nil end
+  if record.turn == turn then record.turn, record.call, record.repeated = nil, nil, nil end
   record.last_active = now
   write(agent)
   list()
