@@ -36,9 +36,19 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from pool.chats import Begun, Chat
+from pool.chats import Begun, Chat, ChatStore
 from pool.errors import BackendUnavailable, ConfigError, NotOwner, PoolError
 from pool.keys import check_key
+from pool.session_scripts import (
+    BEGIN,
+    DELETE,
+    FINISH,
+    IDLE,
+    MARK_CLOSING,
+    RECORDS,
+    REQUEST_CANCEL,
+    SAVE,
+)
 from pool.sharding.hashing import shard_of
 from pool.sharding.redis_store import keys_of, plain_url
 
@@ -57,186 +67,8 @@ OUT_OF_REACH = (
 )  # fmt: skip
 TEXTS = ("session_id", "worktree", "branch", "version")
 
-# Reads the chat, refuses the stale. Epochs are compared as texts: whole numbers without leading zeros, of any length.
-PRELUDE = r"""
-local key, index, leases = unpack(KEYS)
-local chat, shard, epoch = ARGV[1], ARGV[2], ARGV[3]
-local time = redis.call('TIME')
-local now = string.format('%d%06d', tonumber(time[1]), tonumber(time[2]))
 
-local function above(a, b)
-  if #a ~= #b then return #a > #b end
-  return a > b
-end
-local function sound(record)
-  if type(record) ~= 'table' then return false end
-  for name, value in pairs(record) do
-    if type(name) ~= 'string' then return false end
-  end
-  for _, name in ipairs({'session_id', 'worktree', 'branch', 'version', 'turn', 'call', 'repeated'}) do
-    if record[name] ~= nil and type(record[name]) ~= 'string' then return false end
-  end
-  for _, name in ipairs({'created', 'last_active', 'epoch'}) do
-    local value = record[name]
-    if value ~= nil and not (type(value) == 'string' and string.match(value, '^%d+$')) then return false end
-  end
-  return record.state == nil or record.state == 'open' or record.state == 'closing'
-end
-
-local records, agents, broken = {}, {}, {}
-local highest = string.match(redis.call('HGET', leases, shard) or '', '^%d+') or '0'
-local stored = redis.call('HGETALL', key)
-for i = 1, #stored, 2 do
-  local good, record = pcall(cjson.decode, stored[i + 1])
-  if good and sound(record) and string.match(stored[i + 1], '^%s*{') then
-    records[stored[i]] = record
-    agents[#agents + 1] = stored[i]
-    if above(record.epoch or '0', highest) then highest = record.epoch end
-  else
-    broken[#broken + 1] = stored[i]
-    broken[stored[i]] = true
-  end
-end
-if epoch ~= '0' and above(highest, epoch) then return {'stale', highest} end
-
-local function write(agent)
-  local record = records[agent]
-  if epoch ~= '0' then record.epoch = epoch end
-  local text = cjson.encode(record)
-  redis.call('HSET', key, agent, text)
-  return text
-end
-local function list()
-  local latest, closing, count = '0', false, #broken
-  for _, record in pairs(records) do
-    count = count + 1
-    if above(record.last_active or '0', latest) then latest = record.last_active end
-    closing = closing or record.state == 'closing'
-  end
-  if count == 0 then
-    redis.call('ZREM', index, chat)
-  else
-    local score = tonumber(latest)
-    if closing then score = score - 9e15 end
-    redis.call('ZADD', index, string.format('%.0f', score), chat)
-  end
-end
-"""
-
-BEGIN = (
-    PRELUDE
-    + r"""
-local agent, turn, call = ARGV[4], ARGV[5], ARGV[6]
-if broken[agent] then return {'broken', agent} end
-local record = records[agent] or {created = now}
-local repeated = nil
-if record.turn == turn and (record.repeated or record.call ~= call) then repeated = '1' end
-if record.state ~= 'closing' then
-  record.state, record.turn, record.call, record.repeated, record.last_active = 'open', turn, call, repeated, now
-  records[agent] = record
-  write(agent)
-  list()
-end
-return {'ok', repeated and 1 or 0, cjson.encode(record)}
-"""
-)
-
-SAVE = (
-    PRELUDE
-    + r"""
-local agent, turn = ARGV[4], ARGV[5]
-if broken[agent] then return {'broken', agent} end
-local record = records[agent]
-if not record or record.turn ~= turn then return {'turn', record and record.turn or ''} end
-record.session_id, record.worktree, record.branch, record.version = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
-record.last_active = now
-local text = write(agent)
-list()
-return {'ok', text}
-"""
-)
-
-FINISH = (
-    PRELUDE
-    + r"""
-local agent, turn = ARGV[4], ARGV[5]
-if broken[agent] then return {'broken', agent} end
-local record = records[agent]
-if record then
-  if record.turn == turn then record.turn, record.call, record.repeated = nil, nil, nil end
-  record.last_active = now
-  write(agent)
-  list()
-end
-return {'ok'}
-"""
-)
-
-MARK_CLOSING = (
-    PRELUDE
-    + r"""
-local marked = {}
-for _, agent in ipairs(agents) do
-  records[agent].state = 'closing'
-  marked[#marked + 1] = agent
-  marked[#marked + 1] = write(agent)
-end
-list()
-if #broken > 0 then return {'broken', broken[1]} end
-return {'ok', marked}
-"""
-)
-
-DELETE = (
-    PRELUDE
-    + r"""
-local agent = ARGV[4]
-redis.call('HDEL', key, agent)
-records[agent] = nil
-if broken[agent] then table.remove(broken) end
-list()
-return {'ok'}
-"""
-)
-
-RECORDS = (
-    PRELUDE
-    + r"""
-if #broken > 0 then return {'broken', broken[1]} end
-local found = {}
-for _, agent in ipairs(agents) do
-  found[#found + 1] = agent
-  found[#found + 1] = cjson.encode(records[agent])
-end
-return {'ok', found}
-"""
-)
-
-REQUEST_CANCEL = (
-    PRELUDE
-    + r"""
-local agent, prefix, expires = ARGV[4], ARGV[5], ARGV[6]
-local asked = {}
-for _, each in ipairs(agents) do
-  local turn = records[each].turn or ''
-  if turn ~= '' and (agent == '' or agent == each) then
-    redis.call('SET', prefix .. turn, '1', 'EX', expires)
-    asked[#asked + 1] = turn
-  end
-end
-if broken[agent] or (agent == '' and #broken > 0) then return {'broken', agent ~= '' and agent or broken[1]} end
-return {'ok', asked}
-"""
-)
-
-IDLE = r"""
-local time = redis.call('TIME')
-local before = tonumber(time[1]) * 1000000 + tonumber(time[2]) - tonumber(ARGV[1])
-return {'ok', redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', before), 'LIMIT', 0, ARGV[2])}
-"""
-
-
-class RedisChats:
+class RedisChats(ChatStore):
     """The `ChatStore` of one namespace, over a client of redis-py for one server or a cluster.
 
     *shards*: number of shards of the namespace. *leased*: this process's epochs come from leases, so 0 means that it
@@ -272,42 +104,35 @@ class RedisChats:
     # -- turns
 
     def begin(self, chat: str, agent: str, epoch: int, turn: str) -> Begun:
-        """See `ChatStore.begin`."""
         if not turn:
             raise ConfigError("turn is empty: it is the id of the task whose turn begins")
         repeated, record = self._write(BEGIN, chat, epoch, check_key(agent), turn, uuid.uuid4().hex)
         return Begun(_decoded(chat, agent, record), bool(repeated))
 
     def save(self, chat: Chat, epoch: int) -> Chat:
-        """See `ChatStore.save`."""
         texts = [getattr(chat, name) for name in TEXTS]
         (record,) = self._write(SAVE, chat.chat, epoch, check_key(chat.agent), chat.turn, *texts)
         return _decoded(chat.chat, chat.agent, record)
 
     def finish(self, chat: str, agent: str, epoch: int, turn: str) -> None:
-        """See `ChatStore.finish`."""
         self._write(FINISH, chat, epoch, check_key(agent), turn)
 
     # -- closing
 
     def mark_closing(self, chat: str, epoch: int) -> list[Chat]:
-        """See `ChatStore.mark_closing`."""
         (records,) = self._write(MARK_CLOSING, chat, epoch)
         return _all_decoded(chat, records)
 
     def delete(self, chat: str, agent: str, epoch: int) -> None:
-        """See `ChatStore.delete`."""
         self._write(DELETE, chat, epoch, check_key(agent))
 
     # -- looking
 
     def records(self, chat: str) -> list[Chat]:
-        """See `ChatStore.records`."""
         (records,) = self._chat(RECORDS, chat, 0)
         return _all_decoded(chat, records)
 
     def idle(self, shard: int, idle_for: float, limit: int = 100) -> list[str]:
-        """See `ChatStore.idle`."""
         if not 0 <= shard < self.shards:
             raise ConfigError(f"shard={shard!r}: must be from 0 to {self.shards - 1}")
         if limit < 1:  # Redis reads a negative one as none
@@ -319,13 +144,11 @@ class RedisChats:
     # -- cancelling
 
     def request_cancel(self, chat: str, agent: str | None = None) -> list[str]:
-        """See `ChatStore.request_cancel`."""
         which = "" if agent is None else check_key(agent)
         (turns,) = self._chat(REQUEST_CANCEL, chat, 0, which, self._cancel, CANCEL_EXPIRES)
         return [turn.decode() for turn in turns]
 
     def cancelled(self, turns: Collection[str]) -> set[str]:
-        """See `ChatStore.cancelled`."""
         asked = list(turns)
         if not asked:
             return set()

@@ -407,6 +407,18 @@ def test_activity_takes_a_chat_out_of_the_idle_ones(rig, chats, activity):
     assert chats.idle(shard("c"), 50) == []
 
 
+def test_a_chat_is_as_active_as_its_most_active_agent(rig, chats):
+    """Whichever of them writes."""
+    agents = [f"agent-{n}" for n in range(8)]
+    for agent in agents:
+        chats.begin("c", agent, OLD, "t1")
+    for agent in agents:
+        rig.age("c", 100)
+        chats.begin("c", agent, OLD, "t2")
+        chats.delete("c", "nobody", OLD)
+        assert chats.idle(shard("c"), 50) == []
+
+
 def test_a_chat_whose_active_agent_was_deleted_is_as_idle_as_the_rest(rig, chats):
     """Its index entry follows what is left."""
     chats.begin("c", "a", OLD, "t1")
@@ -769,6 +781,8 @@ def test_fields_that_an_older_version_did_not_write_have_their_defaults(real):
         '{"branch": null}',
         '{"epoch": "x"}',
         '{"epoch": 1800000000000001}',
+        '{"epoch": 5}',
+        '{"last_active": 5}',
         '{"created": "-1"}',
         '{"state": "gone"}',
         b'{"branch": "\xff"}',
@@ -782,6 +796,7 @@ def test_whatever_is_wrong_with_a_record_it_is_named(real, record):
         lambda: real.chats.records("c"),
         lambda: real.chats.begin("c", "a", OLD, "t"),
         lambda: real.chats.mark_closing("c", OLD),
+        lambda: real.chats.finish("c", "b", OLD, "t") or real.chats.records("c"),
     ):
         with pytest.raises(PoolError, match=r"'c'.*'a' cannot be decoded"):
             call()

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Collection
 from dataclasses import replace
 
-from pool.chats import Begun, Chat
+from pool.chats import Begun, Chat, ChatStore
 from pool.errors import ConfigError, NotOwner, PoolError
 from pool.keys import check_key
 from pool.sharding.hashing import shard_of
@@ -12,7 +12,7 @@ from pool.sharding.hashing import shard_of
 CANCEL_EXPIRES = 3600.0
 
 
-class FakeChats:
+class FakeChats(ChatStore):
     """A `ChatStore`. Set ``now`` (seconds since 1970) and ``leases`` (shard -> epoch) as a test needs them."""
 
     def __init__(self, shards: int = 64, *, leased: bool = False) -> None:
