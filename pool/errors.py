@@ -81,7 +81,7 @@ class BackendUnavailable(PoolError):
 
     ``retry_after``: seconds until another attempt makes sense, ``None`` when only a person can help (a changed host
     key, a wrong login). ``reason``: one of ``resolve refused unreachable timeout host_key login sessions lost
-    setup``.
+    setup store``; ``store``: the Redis that keeps the chats.
     """
 
     def __init__(self, message: str, reason: str = "lost", retry_after: float | None = None) -> None:
