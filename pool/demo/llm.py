@@ -233,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def _pause(self, seconds: float | None) -> None:
-        """Wait; None: for ever. Raises ``ConnectionAbortedError`` when the client hangs up, the one thing left to hear."""
+        """Wait; None: for ever. Raises ``ConnectionAbortedError`` when the client hangs up: nothing else is to come."""
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
         if poll.poll(None if seconds is None else seconds * 1000):
