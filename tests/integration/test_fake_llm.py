@@ -13,8 +13,7 @@ import httpx
 import pytest
 
 from pool.demo.llm import Answer, FakeLlm, Message, answer
-from pool.demo.real_agents import CodexHome, OpencodeHome, find_binary
-from tests.support.services import require_service
+from tests.support.real_agents import codex_home, opencode_home
 from tests.support.waiting import wait_until
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
@@ -289,14 +288,12 @@ async def _converse(command: list[str], env: dict[str, str], folder: Path, texts
 
 
 def codex(folder: Path, url: str) -> tuple[list[str], dict[str, str]]:
-    require_service("codex-acp", find_binary("codex-acp"))
-    home = CodexHome(folder, url, api_key="key")
+    home = codex_home(folder, url, api_key="key")
     return home.command, home.env
 
 
 def opencode(folder: Path, url: str) -> tuple[list[str], dict[str, str]]:
-    require_service("opencode", find_binary("opencode"))
-    home = OpencodeHome(folder, url, api_key="key")
+    home = opencode_home(folder, url, api_key="key")
     return home.acp_command, home.env
 
 
