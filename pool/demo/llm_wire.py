@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+# The names of agents' shell tools, and the arguments that run a command.
 _SHELL_TOOLS: dict[str, Callable[[str], dict[str, Any]]] = {
-    "bash": lambda command: {"command": command},  # opencode
-    "exec_command": lambda command: {
-        "cmd": command,
-        "yield_time_ms": 30_000,
-    },  # codex; the most that it waits for output
+    # opencode
+    "bash": lambda command: {"command": command},
+    # codex, which waits that long for the command at the most; its default is 10 s
+    "exec_command": lambda command: {"cmd": command, "yield_time_ms": 30_000},
 }
 
 
@@ -42,7 +42,7 @@ Event = tuple[float | None, dict[str, Any]]  # the seconds to wait before it (No
 
 
 def conversation_of(body: Mapping[str, Any]) -> list[Message]:
-    """The messages of a request of either kind, without those that codex adds in the user's name."""
+    """The messages of a request of either kind, without codex's own in the user's name, which start with ``<``."""
     found = []
     for item in body.get("messages") or body.get("input") or ():
         if "role" in item:
