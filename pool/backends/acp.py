@@ -71,9 +71,7 @@ class AcpBackend(AgentBackend):
         check_number("session_timeout", session_timeout, "must be more than 0")
         check_number("max_line", max_line, "must be more than 0", unit="bytes")
         self._start_timeout, self._session_timeout = start_timeout, session_timeout
-        self.open_timeout = (
-            start_timeout + 60.0
-        )  # for the host's connect and a checkout, which have limits of their own
+        self.open_timeout = start_timeout + 60.0  # the host's connect and a checkout have limits of their own
         self._max_line = max_line
         self._process: PipedProcess | None = None
         self._transport: LineTransport | None = None
@@ -98,15 +96,17 @@ class AcpBackend(AgentBackend):
         self._connection = sdk.connect(self._client, self._transport)
         try:
             self._hello = await self._start_request(sdk.initialize(self._connection, _own_version()), "initialize")
-            if self._hello.protocol_version != sdk.PROTOCOL_VERSION:
-                theirs, ours = self._hello.protocol_version, sdk.PROTOCOL_VERSION
-                raise self._unusable(f"it speaks version {theirs} of the protocol, not {ours}")
+            self._check_version(self._hello.protocol_version, sdk.PROTOCOL_VERSION)
             if self._auth_method is not None:
                 await self._start_request(self._connection.authenticate(method_id=self._auth_method), "authenticate")
         except BaseException:
             await self._end_process()
             raise
         await self._weigh()
+
+    def _check_version(self, theirs: int, ours: int) -> None:
+        if theirs != ours:
+            raise self._unusable(f"it speaks version {theirs} of the protocol, not {ours}")
 
     async def _start_request(self, request: Awaitable[T], what: str) -> T:
         """Await an answer that must come before anything else; raise `BackendUnavailable` that a person can use."""
@@ -126,7 +126,8 @@ class AcpBackend(AgentBackend):
         """Say why a process that has just been started is gone."""
         if self.site.lost:
             return BackendUnavailable(f"agent {self.command[0]!r}: the connection to its host was lost", "lost", 0.0)
-        assert self._process is not None and self._transport is not None
+        assert self._process is not None
+        assert self._transport is not None
         how = self._transport.fault or await self._process.last_words()
         try:
             self._process.raise_notice()

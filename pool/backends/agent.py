@@ -159,10 +159,8 @@ class AgentBackend(Backend):
                 return collector.turn(working.result())
             stop_reason = await self._stop(working)
             self._refuse_closed()
-            if not asked.is_set():
-                told = f"cancelled after {timeout:g} s"
-                raise TurnTimeout(f"the turn was {told}: {_short(text)}", "timeout", collector.text[-_TAIL:])
-            return collector.turn(stop_reason)
+            if asked.is_set():
+                return collector.turn(stop_reason)
         except asyncio.CancelledError:
             await self._stop(working)
             raise
@@ -172,6 +170,8 @@ class AgentBackend(Backend):
         finally:
             asking.cancel()
             self._cancel_asked = None
+        told = f"the turn was cancelled after {timeout:g} s: {_short(text)}"
+        raise TurnTimeout(told, "timeout", collector.text[-_TAIL:])
 
     async def _stop(self, working: "asyncio.Future[str]") -> str:
         """Have the agent end its turn, or end the agent; returns the stop reason when nothing works any more."""

@@ -8,7 +8,7 @@ from typing import Any
 from pool.backends.output import Sink
 
 OnUpdate = Callable[[dict[str, Any]], object]
-"""Called with each update of a turn as it comes: ``{"type": "text" | "thought" | "tool" | "permission" | ..., ...}``."""
+"""Called with each update of a turn as it comes: ``{"type": "text", "text": ...}``, or a tool, a permission, ..."""
 
 MAX_TEXT = 1 << 20
 """Characters of a turn's text that are kept; what comes after is left out."""
