@@ -19,9 +19,7 @@ A ``[[match]]`` inherits nothing from ``[default]``. Besides ``ssh``, ``local`` 
 class of your own, ``"package.module:ClassName"``; then every other field goes to its constructor.
 """
 
-import difflib
 import importlib
-import inspect
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,37 +27,27 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
+from pool.agents import NO_AGENTS, Agents
+from pool.backends.acp import AcpBackend
 from pool.backends.base import Backend
 from pool.backends.local import LocalFilesystemBackend
 from pool.backends.memory import MemoryBackend
+from pool.backends.opencode import OpencodeBackend
+from pool.backends.opencode_server import OpencodeServer
 from pool.backends.ssh import RemoteFilesystemBackend
 from pool.errors import ConfigError
 from pool.keys import fill_key
 from pool.manager import SHARED
+from pool.tables import check_table, did_you_mean
 
 KINDS: Mapping[str, type[Backend]] = {
     kind.kind: kind for kind in (LocalFilesystemBackend, MemoryBackend, RemoteFilesystemBackend)
 }
 
+_AGENT_KINDS: Mapping[str, type[Backend]] = {kind.kind: kind for kind in (AcpBackend, OpencodeBackend, OpencodeServer)}
+_TABLES = ["default", "match", "agents"]
 _TEMPLATES = ("root_dir", "username")
 
-_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "host": ((str,), "text"),
-    "port": ((int,), "a whole number"),
-    "username": ((str,), "text"),
-    "root_dir": ((str,), "text"),
-    "client_keys": ((str, list), "a file or a list of files"),
-    "known_hosts": ((str,), "a file"),
-    "insecure": ((bool,), "true or false"),
-    "password_env": ((str,), "the name of an environment variable"),
-    "passphrase_env": ((str,), "the name of an environment variable"),
-    "connect_timeout": ((int, float), "a number of seconds"),
-    "keepalive_interval": ((int, float), "a number of seconds"),
-    "keepalive_count": ((int,), "a whole number"),
-    "max_channels": ((int,), "a whole number"),
-    "max_output": ((int,), "a whole number of bytes"),
-    "env": ((dict,), "a table of names and texts"),
-}
 _NOT_IN_FILES = ("handler",)  # a function: only Python code can give it
 
 
@@ -70,6 +58,7 @@ class Hosts:
     default: Mapping[str, Any] | None
     matches: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     source: str = "hosts"
+    agents: Agents = NO_AGENTS
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -86,8 +75,8 @@ class Hosts:
     def parse(cls, document: Mapping[str, Any], source: str) -> Self:
         """Check a hosts document; *source* names it in errors."""
         for name in document:
-            if name not in ("default", "match"):
-                raise ConfigError(f"{source}: unknown table [{name}]{_did_you_mean(name, ['default', 'match'])}")
+            if name not in _TABLES:
+                raise ConfigError(f"{source}: unknown table [{name}]{did_you_mean(name, _TABLES)}")
         default = document.get("default")
         if default is not None:
             default = _checked(default, f"{source}: [default]")
@@ -104,7 +93,7 @@ class Hosts:
             if not isinstance(pattern, str) or not pattern:
                 raise ConfigError(f"{where}: field 'key': must be a key or a pattern such as \"acme:*\"")
             matches.append((pattern, _checked(table, where)))
-        return cls(default, tuple(matches), source)
+        return cls(default, tuple(matches), source, Agents.parse(document.get("agents", {}), source))
 
     @classmethod
     def local(cls, data_dir: Path) -> Self:
@@ -113,11 +102,13 @@ class Hosts:
             {"backend": "local", "root_dir": str(data_dir / "work" / "{key}")}, (), f"folders in {data_dir / 'work'}"
         )
 
-    def config_for(self, primary: str, agent: str) -> dict[str, Any]:  # noqa: ARG002 - agents come by name
-        """Return ``{"backend": kind, ...}`` for a key.
+    def config_for(self, primary: str, agent: str) -> dict[str, Any]:
+        """Return ``{"backend": kind, ...}`` for a key, or for one of its agents.
 
         Raises `ConfigError` when no rule names it, `InvalidKey` when it cannot stand where its rule has ``{key}``.
         """
+        if agent in self.agents:
+            return self.agents.config_for(primary, agent)
         rule = next((rule for pattern, rule in self.matches if fnmatchcase(primary, pattern)), self.default)
         if rule is None or primary == SHARED:
             raise ConfigError(f"{self.source}: no [[match]] fits key {primary!r}, and there is no [default]")
@@ -129,7 +120,7 @@ class Hosts:
 
 def make_backend(backend: str, **config: Any) -> Backend:
     """Make the backend that a rule describes."""
-    return _kind(backend, "backend")(**config)
+    return (_AGENT_KINDS.get(backend) or _kind(backend, "backend"))(**config)
 
 
 def _kind(name: Any, where: str) -> type[Backend]:
@@ -137,7 +128,7 @@ def _kind(name: Any, where: str) -> type[Backend]:
         return KINDS[name]
     if not isinstance(name, str) or ":" not in name:
         known = ", ".join(sorted(KINDS))
-        hint = _did_you_mean(str(name), list(KINDS))
+        hint = did_you_mean(str(name), list(KINDS))
         raise ConfigError(f"{where}: field 'backend' = {name!r}: must be one of {known}, or \"module:Class\"{hint}")
     module, _, attribute = name.partition(":")
     try:
@@ -160,29 +151,10 @@ def _checked(table: Any, where: str) -> dict[str, Any]:
     kind = _kind(config["backend"], where)
     if kind not in KINDS.values():
         return config
-    parameters = inspect.signature(kind).parameters
-    known = [name for name in parameters if name not in _NOT_IN_FILES]
-    for name, value in config.items():
-        if name != "backend":
-            _check_field(name, value, kind, known, where)
-    for name in known:
-        if parameters[name].default is inspect.Parameter.empty and name not in config:
-            raise ConfigError(f"{where}: field {name!r} is missing: backend {kind.kind!r} needs it")
+    fields = {name: value for name, value in config.items() if name != "backend"}
+    check_table(fields, [kind], f"backend {kind.kind!r}", where, _NOT_IN_FILES)
     try:
-        kind(**{name: value for name, value in config.items() if name != "backend"})  # it connects nothing
+        kind(**fields)  # it connects nothing
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return config
-
-
-def _check_field(name: str, value: Any, kind: type[Backend], known: list[str], where: str) -> None:
-    if name not in known:
-        raise ConfigError(f"{where}: unknown field {name!r} for backend {kind.kind!r}{_did_you_mean(name, known)}")
-    types, rule = _TYPES[name]
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise ConfigError(f"{where}: field {name!r} = {value!r}: must be {rule}")
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

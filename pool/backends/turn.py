@@ -95,6 +95,10 @@ class Collector:
         if self._sink is not None:
             self._sink.push("stdout", json.dumps(update).encode())
 
+    def replace_text(self, text: str) -> None:
+        """Put *text* in place of what was reported: pieces are missing."""
+        self._text, self._size = [text[:MAX_TEXT]], len(text)
+
     def full(self, resume: Callable[[], None]) -> bool:
         """See `Sink.full`."""
         return self._sink is not None and self._sink.full(resume)
