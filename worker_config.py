@@ -14,7 +14,7 @@ app = Celery(
     "warm_pool",
     broker=settings.broker_url,
     backend=settings.result_url,
-    include=["tasks.builds", "tasks.maintenance"],
+    include=["tasks.builds", "tasks.turns", "tasks.maintenance"],
 )
 app.conf.update(
     accept_content=["json"],

@@ -20,27 +20,34 @@ from pool.errors import (
     PathEscapeError,
     PoolError,
     PoolExhausted,
+    TurnFailed,
+    TurnTimeout,
 )
 
 if TYPE_CHECKING:
+    from pool.backends.agent import AgentBackend
     from pool.backends.base import Backend, BackendStatus, Capabilities
     from pool.backends.local import LocalFilesystemBackend
     from pool.backends.memory import MemoryBackend
     from pool.backends.output import ExecResult
     from pool.backends.scoped import ScopedBackend
     from pool.backends.ssh import RemoteFilesystemBackend
+    from pool.backends.turn import Turn
     from pool.backends.workspace import FileStat
     from pool.borrowing import Borrowed
     from pool.config import GroupLimit, PoolConfig, Settings
     from pool.manager import SHARED, BackendPoolManager
     from pool.stats import PoolStats
+    from pool.worker.chats import ChatTurn
     from pool.worker.install import install
-    from pool.worker.maintenance import close_chat, close_idle_chats, sweep_shard
+    from pool.worker.maintenance import CHAT_LANE, cancel_turn, close_chat, close_idle_chats, sweep_shard
     from pool.worker.task import PooledTask
 
 __all__ = [
+    "CHAT_LANE",
     "SHARED",
     "AcquireTimeout",
+    "AgentBackend",
     "Backend",
     "BackendClosed",
     "BackendPoolManager",
@@ -48,6 +55,7 @@ __all__ = [
     "BackendUnavailable",
     "Borrowed",
     "Capabilities",
+    "ChatTurn",
     "CommandFailed",
     "CommandTimeout",
     "ConfigError",
@@ -69,6 +77,10 @@ __all__ = [
     "RemoteFilesystemBackend",
     "ScopedBackend",
     "Settings",
+    "Turn",
+    "TurnFailed",
+    "TurnTimeout",
+    "cancel_turn",
     "close_chat",
     "close_idle_chats",
     "install",
@@ -76,12 +88,15 @@ __all__ = [
 ]
 
 _HOME = {
+    "CHAT_LANE": "worker.maintenance",
     "SHARED": "manager",
+    "AgentBackend": "backends.agent",
     "Backend": "backends.base",
     "BackendPoolManager": "manager",
     "BackendStatus": "backends.base",
     "Borrowed": "borrowing",
     "Capabilities": "backends.base",
+    "ChatTurn": "worker.chats",
     "ExecResult": "backends.output",
     "FileStat": "backends.workspace",
     "GroupLimit": "config",
@@ -93,6 +108,8 @@ _HOME = {
     "RemoteFilesystemBackend": "backends.ssh",
     "ScopedBackend": "backends.scoped",
     "Settings": "config",
+    "Turn": "backends.turn",
+    "cancel_turn": "worker.maintenance",
     "close_chat": "worker.maintenance",
     "close_idle_chats": "worker.maintenance",
     "install": "worker.install",

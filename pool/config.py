@@ -149,6 +149,12 @@ class Settings:
     """Seconds between two beat-driven passes that close idle chats."""
     chat_ttl: float = 1800.0
     """A chat none of whose backends was used for this many seconds is closed."""
+    max_agents: int = 20
+    """Agent processes in this node at most; a shared server is one."""
+    max_agents_mb: float | None = None
+    """Megabytes (10^6 bytes) of memory that they may hold in all before idle ones are ended. None: no limit."""
+    agent_starts: int = 2
+    """Agents that may be starting at once in this node."""
     consumer_timeout: float = 1800.0
     """RabbitMQ only: seconds for which it lets a task keep its message (``consumer_timeout`` of the server)."""
 
@@ -176,6 +182,21 @@ class Settings:
         for name in times:
             check_number(name, getattr(self, name), "must be more than 0")
         self._check_lease_ttl()
+        self._check_agents()
+
+    def _check_agents(self) -> None:
+        for name in ("max_agents", "agent_starts"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name}={value!r} agents: must be a whole number, 1 or more")
+        if self.max_agents_mb is not None:
+            check_number("max_agents_mb", self.max_agents_mb, "must be more than 0, or None for no limit", unit="MB")
+
+    @property
+    def agent_limit(self) -> GroupLimit:
+        """What the agents of this node may take up."""
+        weight = None if self.max_agents_mb is None else 1e6 * self.max_agents_mb
+        return GroupLimit(self.max_agents, weight, self.agent_starts)
 
     def _check_lease_ttl(self) -> None:
         check_number(
@@ -231,6 +252,9 @@ class Settings:
             sweep_interval=env.seconds("POOL_SWEEP_INTERVAL", 60.0),
             close_interval=env.seconds("POOL_CLOSE_INTERVAL", 60.0),
             chat_ttl=env.seconds("POOL_CHAT_TTL", 1800.0),
+            max_agents=env.integer("POOL_MAX_AGENTS", 20),
+            max_agents_mb=env.number("POOL_MAX_AGENTS_MB", None, "a number of megabytes"),
+            agent_starts=env.integer("POOL_AGENT_STARTS", 2),
             consumer_timeout=env.seconds("POOL_CONSUMER_TIMEOUT", 1800.0),
             pool=pool,
         )
@@ -256,13 +280,16 @@ class _Environment:
             raise ConfigError(f"{name}={value!r}: must be a whole number") from None
 
     def seconds(self, name: str, default: float) -> float:
+        return float(self.number(name, default, "a number of seconds", " s"))
+
+    def number(self, name: str, default: Any, rule: str, unit: str = "") -> Any:
         value = self.text(name)
         if value is None:
             return default
         try:
             return float(value)
         except ValueError:
-            raise ConfigError(f"{name}={value!r} s: must be a number of seconds") from None
+            raise ConfigError(f"{name}={value!r}{unit}: must be {rule}") from None
 
     def ranges(self, name: str) -> tuple[int, ...] | None:
         """``"0-31,40"`` -> (0, ..., 31, 40)."""

@@ -1,5 +1,5 @@
 """Looking after the pool by hand; beat does it on its own."""
 
-from pool import close_chat, close_idle_chats, sweep_shard
+from pool import cancel_turn, close_chat, close_idle_chats, sweep_shard
 
-__all__ = ["close_chat", "close_idle_chats", "sweep_shard"]
+__all__ = ["cancel_turn", "close_chat", "close_idle_chats", "sweep_shard"]

@@ -75,13 +75,17 @@ class Call:
         self.request = getattr(accept_callback, "__self__", None)
 
     def job(self, extension: Any) -> Job["Call"]:
-        """With its key. A foreign producer that sends no key header is taken for one key per queue."""
+        """With its key, and the lane of its task. A foreign producer without a key header: one key per queue."""
         headers = self._call[1][2]  # of trace_task(name, id, headers, ...)
         shard = extension.router.shard_in(headers.get("delivery_info"))
         if shard is None:
             return Job(None, (headers.get("delivery_info") or {}).get("routing_key") or "", self)
         queue = extension.router.queues[shard].name
-        return Job(headers.get(KEY_HEADER, queue), queue, self)
+        key = headers.get(KEY_HEADER, queue)
+        lane = extension.lane_of(self._call[1][0])
+        if lane is None:
+            return Job(key, queue, self)
+        return Job(f"{key}\0{lane}", queue, self, 1)  # no key holds a control character
 
     def run(self) -> None:
         """Call it in this thread, unless it was revoked or has expired while it waited."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from celery import Celery, signals
 
+from pool.agents import GROUP, NO_AGENTS
 from pool.backends.base import Backend
 from pool.config import Settings
 from pool.hosts import Hosts, make_backend
@@ -16,6 +17,7 @@ from pool.sharding.hashing import shard_of
 from pool.sharding.ownership import FOREVER, Ownership
 from pool.worker import rabbitmq
 from pool.worker.agreement import Agreement
+from pool.worker.chats import chats_for
 from pool.worker.consumption import Consumption
 from pool.worker.guard import Guard
 from pool.worker.hub import HubCalls
@@ -94,6 +96,7 @@ class WarmPool:
         default_config: Mapping[str, Any] | None,
     ) -> None:
         self.settings = settings
+        self._app = app
         self.router = ShardRouter(settings, lambda name: app.tasks.get(name))  # noqa: PLW0108 - tasks may come later
         self.router.agreed = Agreement(settings).check
         self.closing = False
@@ -107,6 +110,7 @@ class WarmPool:
         self._pid = 0
         self._pool: BackendPoolManager[Any] | None = None
         self._make_pool: Callable[[], BackendPoolManager[Any]]
+        agents = NO_AGENTS
         trust = self.ownership.remaining if settings.leased else None
         if backend_class is not None:
             self.backends_from = getattr(backend_class, "__qualname__", repr(backend_class))
@@ -116,11 +120,24 @@ class WarmPool:
         else:
             hosts = Hosts.load(settings.hosts_file) if settings.hosts_file else Hosts.local(settings.data_dir)
             self.backends_from = hosts.source
+            agents = hosts.agents
+            pool_settings = settings.pool.changed(groups={**settings.pool.groups, GROUP: settings.agent_limit})
             self._make_pool = lambda: BackendPoolManager(
-                make_backend, default_config, config_for=hosts.config_for, settings=settings.pool, trust=trust
+                make_backend,
+                default_config,
+                config_for=hosts.config_for,
+                group_for=agents.group_for,
+                settings=pool_settings,
+                trust=trust,
             )
+        self.chats = chats_for(self, agents)
         signals.worker_process_init.connect(self._on_process_init, weak=False)
         signals.worker_process_shutdown.connect(self._on_process_shutdown, weak=False)
+
+    def lane_of(self, task: str) -> str | None:
+        """The lane of the tasks of this name; see `PooledTask.lane`."""
+        lane: str | None = getattr(self._app.tasks.get(task), "lane", None)
+        return lane
 
     # -- ownership
 

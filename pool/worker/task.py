@@ -3,23 +3,30 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Task
 from celery.exceptions import Reject
 
 from pool.backends.base import Backend
 from pool.borrowing import Borrowed, Borrowing
-from pool.errors import BackendUnavailable, ConfigError, InvalidKey, NotOwner, PoolError
+from pool.errors import BackendUnavailable, ConfigError, InvalidKey, NotOwner, PoolError, PoolExhausted
 from pool.keys import check_key
 from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
 from pool.worker.router import KEY_HEADER
 
+if TYPE_CHECKING:
+    from pool.worker.chats import ChatTurn
+
 _Parameter = inspect.Parameter
 
 MIN_RETRY_DELAY = 0.5
 """Seconds before a task whose backend was unavailable is tried again, at least."""
+
+
+EXHAUSTED_DELAY = 1.0
+"""Seconds before a task that found the pool full is tried again (`PooledTask.retry_exhausted`), more each time."""
 
 
 class PooledTask(Task):
@@ -37,7 +44,11 @@ class PooledTask(Task):
     reject_on_worker_lost = True
     max_retries = 8
     retry_unavailable = True
+    retry_exhausted = False
+    """Try again later when the pool is full, as often as when a backend is unavailable."""
 
+    lane: str | None = None
+    """Tasks of one key in the same lane run one at a time, in order; those that wait hold no thread (with threads)."""
     key: str | None = None
     shard: str | None = None
     """Instead of *key*: names an argument that is the number of a shard; for maintenance."""
@@ -116,6 +127,17 @@ class PooledTask(Task):
             raise
         return borrowed
 
+    def chat(self, agent: str) -> AbstractContextManager["ChatTurn"]:
+        """``with self.chat(agent) as chat:`` borrows the agent of the task's chat, with its session ready to `prompt`.
+
+        Raises `ConfigError` for an agent that the hosts file does not name, and what `acquire_backend` raises.
+        """
+        extension = self._extension
+        turn: AbstractContextManager[ChatTurn] = extension.chats.turn(
+            self, agent, extension.settings.pool.acquire_timeout
+        )
+        return turn
+
     def _check_owner(self, key: str) -> None:
         if self.request.is_eager or self.request.called_directly:
             return
@@ -167,10 +189,18 @@ class PooledTask(Task):
             # A node that shuts down at once, or has lost the shard, ends what runs: the messages go back unharmed.
             if self._lost_its_place():
                 raise Reject(str(error), requeue=True) from None
-            if not isinstance(error, BackendUnavailable) or not self.retry_unavailable or error.retry_after is None:
+            delay = self._retry_delay(error)
+            if delay is None:
                 raise
-            delay = max(MIN_RETRY_DELAY, error.retry_after)
             raise self.retry(exc=error, countdown=delay) from None
+
+    def _retry_delay(self, error: PoolError) -> float | None:
+        """Seconds until the task is to be tried again; None: it has failed."""
+        if isinstance(error, PoolExhausted) and self.retry_exhausted:
+            return EXHAUSTED_DELAY * (1 + int(self.request.retries))
+        if isinstance(error, BackendUnavailable) and self.retry_unavailable and error.retry_after is not None:
+            return max(MIN_RETRY_DELAY, error.retry_after)
+        return None
 
 
 class _BackendDoor:

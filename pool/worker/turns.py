@@ -18,6 +18,8 @@ class Job(NamedTuple, Generic[J]):
     key: str | None
     queue: str
     work: J
+    limit: int | None = None
+    """How many jobs of this key run at once; None: as many as of any key."""
 
 
 class Turns(Generic[J]):
@@ -45,7 +47,7 @@ class Turns(Generic[J]):
     def ask(self, job: Job[J]) -> None:
         """Run the job now, or when its turn comes."""
         with self._lock:
-            now = not self._closed and job.key not in self._waiting and self._free(job.key)
+            now = not self._closed and job.key not in self._waiting and self._free(job)
             if now:
                 self._count(job)
             else:
@@ -103,8 +105,9 @@ class Turns(Generic[J]):
         """Jobs that have not started."""
         return sum(self._backlog.values())
 
-    def _free(self, key: str | None) -> bool:
-        return self._total < self.places and (key is None or self._running.get(key, 0) < self.per_key)
+    def _free(self, job: Job[J]) -> bool:
+        limit = job.limit or self.per_key
+        return self._total < self.places and (job.key is None or self._running.get(job.key, 0) < limit)
 
     def _count(self, job: Job[J]) -> None:
         self._total += 1
@@ -112,7 +115,7 @@ class Turns(Generic[J]):
 
     def _next(self) -> Job[J] | None:
         for key, jobs in self._waiting.items():
-            if self._free(key):
+            if self._free(jobs[0]):
                 job = jobs.popleft()
                 if jobs:
                     self._waiting.move_to_end(key)  # other keys first
