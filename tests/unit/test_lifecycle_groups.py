@@ -445,6 +445,14 @@ def test_a_sweep_brings_a_group_back_to_its_weight():
     assert w.life.counters.evicted_lru == 2
 
 
+def test_a_sweep_spares_a_weightless_member_of_a_group_that_is_too_heavy():
+    """It would leave in vain."""
+    w = world(GroupLimit(9, weight=100))
+    light, heavy = at_rest(w, 0, 101)
+    assert w.sweep() == [("b", G)]
+    assert (light.state, heavy.state) == ("idle", "closed")
+
+
 def test_a_sweep_brings_a_group_back_to_its_lowered_count():
     """Busy ones, and those that say so, stay."""
     w = world(GroupLimit(5))
