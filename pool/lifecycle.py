@@ -254,8 +254,8 @@ class Lifecycle:
         while self.room.lines and (waiter := self.room.first(passing)) is not None:
             entry = self.entries.get(waiter.identity) if waiter.pooled else None
             if entry is not None and self._stale(entry, waiter, now, effects):
-                passing.clear()  # a place can be had by that, and whoever was sent on comes first
-            elif entry is not None:
+                continue  # whoever was sent on by that comes first
+            if entry is not None:
                 self.room.remove(waiter)
                 self._join(entry, waiter, now, effects)
             elif (forbidden := self._make_room(waiter, now, effects)) == "max_backends":

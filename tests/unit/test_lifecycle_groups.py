@@ -302,14 +302,14 @@ def test_a_check_is_not_a_start_and_what_it_leads_to_is_one():
     w.now += 10
     w.ask("b", agent=G)
     [start] = w.take(Connect)
-    checking = w.ask("a", agent=G)
+    checking, second = w.ask("a", agent=G), w.ask("a", agent=G)
     [check] = w.take(Connect)
     later = w.ask("c", agent=G)
     assert check.entry is entry
     w.life.check_failed(entry, w.now, w.effects)
     w.life.check_invariants()
     assert started(w) == []
-    assert checking in w.life.room
+    assert list(w.life.room) == [checking, second, later]
     w.life.connected(start.entry, Thing("b"), w.now, w.effects)
     assert started(w) == ["a"]
     w.connect()
@@ -443,6 +443,14 @@ def test_a_sweep_brings_a_group_back_to_its_weight():
     assert w.sweep() == [("a", G), ("b", G)]
     assert (a.state, b.state, c.state) == ("closed", "closed", "idle")
     assert w.life.counters.evicted_lru == 2
+
+
+def test_a_sweep_spares_a_weightless_member_of_a_group_that_is_too_heavy():
+    """It would leave in vain."""
+    w = world(GroupLimit(9, weight=100))
+    light, heavy = at_rest(w, 0, 101)
+    assert w.sweep() == [("b", G)]
+    assert (light.state, heavy.state) == ("idle", "closed")
 
 
 def test_a_sweep_brings_a_group_back_to_its_lowered_count():
