@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := test,lint,bench,flower
+# Two real coding agents from npm, for the demo and the tests of agents. POOL_AGENTS_DIR names another place for them.
+AGENTS_DIR := $(or $(POOL_AGENTS_DIR),.pool/agents)
+NPM_AGENTS := @zed-industries/codex-acp@0.16.0 opencode-linux-x64@1.18.33
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench agents clean
 
-demo: $(VENV)/.base
-	@$(BIN)/python -m pool.demo $(if $(KILL),--kill) $(if $(JSON),--json)
+demo: $(VENV)/.base $(if $(AGENTS),agents $(VENV)/.agents)
+	@$(BIN)/python -m pool.demo $(if $(KILL),--kill) $(if $(AGENTS),--agents) $(if $(JSON),--json)
 
 test: $(VENV)/.full
 	$(BIN)/python -m pytest $(ARGS)
@@ -26,6 +29,14 @@ clean:
 	  [embedded.stop(Path(folder)) for folder in ('.pool/valkey', '.pool/demo/valkey')]" || true; fi
 	rm -rf $(VENV) .venv-tools .pool *.egg-info build dist .mypy_cache .ruff_cache .hypothesis celerybeat-schedule*
 
+agents: $(AGENTS_DIR)/.installed
+
+$(AGENTS_DIR)/.installed: Makefile
+	@command -v npm >/dev/null || { echo "npm is needed for the real coding agents"; exit 1; }
+	@mkdir -p $(AGENTS_DIR)
+	npm install --prefix $(AGENTS_DIR) --no-save --no-package-lock --no-audit --no-fund --loglevel=error $(NPM_AGENTS)
+	@touch $@
+
 # Some systems split venv off into a package that needs root to install; virtualenv from PyPI does without.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=..."; exit 1; }
@@ -36,6 +47,10 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
+$(VENV)/.agents: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[agents]"
+	@touch $@ $(VENV)/.base
+
 $(VENV)/.full: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
-	@touch $@ $(VENV)/.base
+	@touch $@ $(VENV)/.base $(VENV)/.agents

@@ -25,7 +25,7 @@ from pool.errors import (
 )
 
 if TYPE_CHECKING:
-    from pool.backends.agent import AgentBackend
+    from pool.backends.agent import AgentBackend, check_prompt
     from pool.backends.base import Backend, BackendStatus, Capabilities
     from pool.backends.local import LocalFilesystemBackend
     from pool.backends.memory import MemoryBackend
@@ -81,6 +81,7 @@ __all__ = [
     "TurnFailed",
     "TurnTimeout",
     "cancel_turn",
+    "check_prompt",
     "close_chat",
     "close_idle_chats",
     "install",
@@ -110,6 +111,7 @@ _HOME = {
     "Settings": "config",
     "Turn": "backends.turn",
     "cancel_turn": "worker.maintenance",
+    "check_prompt": "backends.agent",
     "close_chat": "worker.maintenance",
     "close_idle_chats": "worker.maintenance",
     "install": "worker.install",

@@ -64,6 +64,11 @@ class Agents:
     def __bool__(self) -> bool:
         return bool(self.tables)
 
+    @property
+    def speak_acp(self) -> bool:
+        """Whether any of them needs the SDK of the protocol."""
+        return any(table["kind"] == AcpBackend.kind for table in self.tables.values())
+
     def check(self, agent: Any) -> str:
         """Return *agent*, or raise `ConfigError` that names those there are."""
         if agent not in self.tables:

@@ -6,7 +6,7 @@ from typing import Any
 
 from celery import shared_task
 
-from pool import CHAT_LANE, PooledTask, TurnFailed
+from pool import CHAT_LANE, PooledTask, TurnFailed, check_prompt
 
 
 @shared_task(base=PooledTask, bind=True, key="chat_id", lane=CHAT_LANE, retry_exhausted=True, throws=(TurnFailed,))
@@ -25,6 +25,7 @@ def run_turn(
     Fails with `TurnFailed` (the agent refused, died or talked nonsense), `TurnTimeout`, `ConfigError` (no such agent, an
     empty prompt). While the agent's host is unavailable, or all places for agents are taken, it is retried.
     """
+    check_prompt(prompt)  # before an agent is started for it
     with self.chat(agent) as chat:
         turn = chat.prompt(prompt, timeout=timeout)
         session = chat.session

@@ -55,6 +55,7 @@ class BackendPoolStep(bootsteps.StartStopStep):
         logger.info(
             "backend pool: %s of %d shards, backends from %s", shards, settings.shards, self.extension.backends_from
         )
+        self.extension.chats.prepare()
         if self.in_process:
             self.extension.closing = False
             _ = self.extension.pool

@@ -4,6 +4,7 @@ A turn follows one path: the record says which session (`begin`), the pool has t
 has that session or brings it back (`ensure_session`), and what is new is written down (`save`) before it is prompted.
 """
 
+import importlib
 import logging
 import os
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 from pool.agents import Agents
 from pool.backends.agent import AgentBackend
+from pool.backends.leftovers import sweep_leftovers
 from pool.backends.turn import OnUpdate, Session, Turn
 from pool.borrowing import Borrowed
 from pool.chats import Begun, Chat, ChatStore
@@ -80,6 +82,20 @@ class Chats:
         if self._watch is None:
             self._watch = CancelWatch(store.cancelled)
         return self._watch
+
+    def prepare(self) -> None:
+        """At the start of a node: end what a killed one has left on this machine, and load what agents need."""
+
+        def work() -> None:
+            try:
+                sweep_leftovers()
+                if self.agents.speak_acp:
+                    importlib.import_module("pool.backends.acp_client")
+            except Exception:  # the node works without
+                logger.exception("preparing for agents failed")
+
+        if self.agents:
+            threading.Thread(target=work, name="pool-agents-prepare", daemon=True).start()
 
     # -- turns
 

@@ -18,6 +18,8 @@ SAMPLES = [
     errors.BackendClosed("closed"),
     errors.CommandFailed("exit code 3", 3, "the end of stderr: \u65e5"),
     errors.CommandTimeout("too long", 2.5, "tail"),
+    errors.TurnFailed("agent died", "died", "the end of stderr"),
+    errors.TurnTimeout("cancelled after 1 s", "timeout", "so far"),
     errors.FileOperationFailed("write 'a'", 13, "a"),
     errors.FileMissing("read 'a'", 2, "a"),
     errors.PathEscapeError("'../a'"),

@@ -8,10 +8,11 @@ import pytest
 import pool
 
 SURFACE = """
-    SHARED AcquireTimeout Backend BackendClosed BackendPoolManager BackendStatus BackendUnavailable Borrowed
-    Capabilities CommandFailed CommandTimeout ConfigError ExecResult FileMissing FileOperationFailed FileStat
-    GroupLimit InvalidKey LocalFilesystemBackend MemoryBackend NotOwner PathEscapeError PoolConfig PoolError PoolExhausted
-    PoolStats PooledTask RemoteFilesystemBackend ScopedBackend Settings close_chat close_idle_chats install
+    AcquireTimeout AgentBackend Backend BackendClosed BackendPoolManager BackendStatus BackendUnavailable
+    Borrowed CHAT_LANE Capabilities ChatTurn CommandFailed CommandTimeout ConfigError ExecResult FileMissing
+    FileOperationFailed FileStat GroupLimit InvalidKey LocalFilesystemBackend MemoryBackend NotOwner
+    PathEscapeError PoolConfig PoolError PoolExhausted PoolStats PooledTask RemoteFilesystemBackend SHARED
+    ScopedBackend Settings Turn TurnFailed TurnTimeout cancel_turn check_prompt close_chat close_idle_chats install
     sweep_shard
 """.split()
 
