@@ -27,6 +27,9 @@ from pool.worker.cancelling import CancelWatch
 
 logger = logging.getLogger(__name__)
 
+_MOST_IDLE = 1000
+"""Chats that one pass looks at: more than ever stay because their close fails each time."""
+
 
 class ChatTurn:
     """A chat's agent in use by one task: made by ``with self.chat(agent) as chat``."""
@@ -219,10 +222,10 @@ class Chats:
     def close_idle(self, shard: int, idle_for: float, pool: BackendPoolManager[Any]) -> list[str]:
         """Close the chats of *shard* that nobody used for *idle_for* seconds; finish closes that were interrupted."""
         closed = []
-        for key in self.store.idle(shard, idle_for) if self.agents else ():
+        for key in self.store.idle(shard, idle_for, _MOST_IDLE) if self.agents else ():
             try:
                 with self.exclusive(key, 0.0):
-                    if key in self.store.idle(shard, idle_for):  # still: a turn may have ended in between
+                    if key in self.store.idle(shard, idle_for, _MOST_IDLE):  # still: a turn may have ended in between
                         self._close(key, pool)
                         closed.append(key)
             except AcquireTimeout:
