@@ -87,7 +87,7 @@ class Chats:
         return self._watch
 
     def prepare(self) -> None:
-        """At the start of a node: end what a killed one has left on this machine, and load what agents need."""
+        """In the process that has the pool: end what a killed one left on this machine, load what agents need."""
 
         def work() -> None:
             try:
