@@ -37,7 +37,7 @@ class ChatTurn:
     def __init__(self, turn: str, begun: Begun, borrowed: Borrowed[Any], session: Session, watch: CancelWatch) -> None:
         self.id = turn
         self.session = session
-        self.warm = borrowed.warm and not session.resumed
+        self.warm = borrowed.warm and not session.resumed and session.session_id == begun.chat.session_id
         """The agent ran, and had the session."""
         self.repeated = begun.repeated
         """An earlier attempt of this very task had begun: the agent may have seen the prompt before."""
