@@ -116,13 +116,12 @@ class Chats:
                     session = borrowed.backend.ensure_session(begun.chat)
                     self._save(begun.chat, session)
                     yield (chat := ChatTurn(turn, begun, borrowed, session, self.watch))
-            except (BackendUnavailable, BackendClosed):
-                # It may run again, and the agent may have heard its prompt: the record goes on to name it.
-                if chat is None or not chat.prompted:
+            except BaseException as error:
+                # A message that goes back runs again. If the agent may have heard its prompt, the record goes on to
+                # name it. What is no Exception is the end of the process, at a cold shutdown of a solo pool.
+                again = isinstance(error, BackendUnavailable | BackendClosed) or not isinstance(error, Exception)
+                if chat is None or not chat.prompted or not again:
                     self._finish(key, agent, turn)
-                raise
-            except BaseException:
-                self._finish(key, agent, turn)
                 raise
             self._finish(key, agent, turn)
 
