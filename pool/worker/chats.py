@@ -157,7 +157,8 @@ class Chats:
         _ = self.store
         with self._free:
             while key in self._busy:
-                if not self._free.wait(max(0.0, deadline - monotonic())) and key in self._busy:
+                left = min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
+                if not self._free.wait(left) and key in self._busy:
                     raise AcquireTimeout(f"another turn of chat {key!r} still runs after {timeout:g} s", "turn")
             self._busy.add(key)
         try:
