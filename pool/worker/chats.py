@@ -6,7 +6,6 @@ has that session or brings it back (`ensure_session`), and what is new is writte
 
 import importlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from pool.borrowing import Borrowed
 from pool.chats import Begun, Chat, ChatStore
 from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, ConfigError, NotOwner, PoolError
 from pool.manager import BackendPoolManager
+from pool.runtime import fork_count
 from pool.sharding.hashing import shard_of
 from pool.worker.cancelling import CancelWatch
 
@@ -52,6 +52,17 @@ class ChatTurn:
             return self.backend.prompt(text, on_update, timeout)
 
 
+class _OfProcess:
+    """What each process has of its own: connections are not for a forked child, nor are locks that may be held."""
+
+    def __init__(self) -> None:
+        self.making = threading.Lock()
+        self.store: ChatStore | None = None
+        self.watch: CancelWatch | None = None
+        self.busy: set[str] = set()  # chats with a turn, or a close, under way
+        self.free = threading.Condition()
+
+
 class Chats:
     """Made by `WarmPool`. *store* makes the records' store, once in each process that needs it."""
 
@@ -59,32 +70,30 @@ class Chats:
         self.agents = agents
         self._epoch_of = epoch_of
         self._make_store = store
-        self._pid = 0
-        self._reset()
+        self._of_process: dict[int, _OfProcess] = {}
 
-    def _reset(self) -> None:
-        self._store: ChatStore | None = None
-        self._watch: CancelWatch | None = None
-        self._busy: set[str] = set()  # chats with a turn, or a close, under way
-        self._free = threading.Condition()
+    @property
+    def _here(self) -> "_OfProcess":
+        number = fork_count()
+        return self._of_process.get(number) or self._of_process.setdefault(number, _OfProcess())
 
     @property
     def store(self) -> ChatStore:
         """The records. Raises `ConfigError` where none can be kept."""
-        if self._pid != os.getpid():  # a forked child has connections of its own
-            self._reset()
-            self._pid = os.getpid()
-        if self._store is None:
-            self._store = self._make_store()
-        return self._store
+        here = self._here
+        with here.making:
+            if here.store is None:
+                here.store = self._make_store()
+            return here.store
 
     @property
     def watch(self) -> CancelWatch:
         """Looks for turns that are to be cancelled."""
-        store = self.store
-        if self._watch is None:
-            self._watch = CancelWatch(store.cancelled)
-        return self._watch
+        store, here = self.store, self._here
+        with here.making:
+            if here.watch is None:
+                here.watch = CancelWatch(store.cancelled)
+            return here.watch
 
     def prepare(self) -> None:
         """In the process that has the pool: end what a killed one left on this machine, load what agents need."""
@@ -154,19 +163,19 @@ class Chats:
     def exclusive(self, key: str, timeout: float) -> Iterator[None]:
         """One turn, or one close, of a chat at a time. Raises `AcquireTimeout` after *timeout* seconds."""
         deadline = monotonic() + timeout
-        _ = self.store
-        with self._free:
-            while key in self._busy:
+        here = self._here
+        with here.free:
+            while key in here.busy:
                 left = min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
-                if not self._free.wait(left) and key in self._busy:
+                if not here.free.wait(left) and key in here.busy:
                     raise AcquireTimeout(f"another turn of chat {key!r} still runs after {timeout:g} s", "turn")
-            self._busy.add(key)
+            here.busy.add(key)
         try:
             yield
         finally:
-            with self._free:
-                self._busy.discard(key)
-                self._free.notify_all()
+            with here.free:
+                here.busy.discard(key)
+                here.free.notify_all()
 
     # -- closing
 
