@@ -200,6 +200,8 @@ class Chats:
         for record in records:
             ended["agents"][record.agent] = self._forget(record, pool)
             self.store.delete(key, record.agent, epoch)
+        if records:
+            pool.close_key(key)  # what clearing away on the chat's host has connected again
         return ended
 
     def _say_goodbye(self, record: Chat, pool: BackendPoolManager[Any]) -> None:
