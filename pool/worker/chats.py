@@ -183,7 +183,8 @@ class Chats:
         """End a chat: its sessions, agents, backends, worktrees, records. Can be repeated, also when interrupted.
 
         *timeout*: seconds for a running turn to end. Returns ``{"closed", "retired"}`` of the pool, and in ``"agents"``
-        what became of each record. Raises `BackendUnavailable` when a host that can be asked again did not answer.
+        what became of each record. Raises `BackendUnavailable` when a host that can be asked again did not answer,
+        `AcquireTimeout` when a turn runs for too long or the pool has no room for what the close needs.
         """
         if not self.agents:
             return pool.close_key(key)
@@ -223,7 +224,7 @@ class Chats:
             if error.retry_after is not None:
                 raise
             told = str(error)
-        except (NotOwner, BackendClosed):
+        except (NotOwner, BackendClosed, AcquireTimeout):
             raise
         except PoolError as error:
             told = str(error)
@@ -239,8 +240,8 @@ class Chats:
                     if key in self.store.idle(shard, idle_for, _MOST_IDLE):  # still: a turn may have ended in between
                         self._close(key, pool)
                         closed.append(key)
-            except AcquireTimeout:
-                continue  # it has a turn
+            except AcquireTimeout as error:  # it has a turn, or the pool has no room
+                logger.debug("chat %r is not closed now: %s", key, error)
             except (NotOwner, BackendClosed):
                 raise
             except PoolError as error:  # the next pass tries again
