@@ -20,9 +20,7 @@ def sweep_shard(self: PooledTask, shard: int) -> dict[str, Any]:
     return {"shard": shard, "evicted": [list(identity) for identity in self.pool.sweep()]}
 
 
-@shared_task(
-    base=PooledTask, bind=True, key="chat_id", lane=CHAT_LANE, retry_exhausted=True, name="pool.close_chat"
-)
+@shared_task(base=PooledTask, bind=True, key="chat_id", lane=CHAT_LANE, retry_exhausted=True, name="pool.close_chat")
 def close_chat(self: PooledTask, chat_id: str) -> dict[str, Any]:
     """End all that a chat (or user) has: its agents' sessions, processes, worktrees and records, and every backend.
 
