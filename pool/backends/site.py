@@ -18,7 +18,8 @@ class Site:
 
     *where*: ``"worker"`` has a folder of its own, *root_dir*; ``"host"`` borrows the chat's backend from the pool,
     which stays connected while the site is open. *cwd*: relative to the root, or to the worktree. *repository*:
-    absolute path of a git repository on that machine, from which the chat gets a worktree, from *base* (None: its HEAD).
+    absolute path of a git repository on that machine, from which the chat gets a worktree, from *base* (None: its
+    HEAD).
     """
 
     def __init__(
