@@ -170,4 +170,3 @@ def test_turns_that_come_and_go_are_all_looked_after(desk, watch):
         thread.join(20)
     assert len(done) == 120
     stopped(watch)
-
