@@ -159,7 +159,7 @@ def test_turns_that_come_and_go_are_all_looked_after(desk, watch):
         for turn in range(30):
             agent = Agent()
             with watch.watching(f"t{thread}-{turn}", agent):
-                wait_until(lambda: agent.asked, "the turn is cancelled", every=0.0005)  # noqa: B023
+                wait_until(lambda: agent.asked, "the turn is cancelled", every=0.0005)
             done.append(turn)
 
     done = []
