@@ -180,14 +180,23 @@ class AgentBackend(Backend):
                 await self._cancel()
                 return await asyncio.shield(working)
         except TimeoutError:
-            logger.warning("%r did not end its turn within %g s: it is ended", self, self.cancel_timeout)
-            self.mark_lost()
-            await self._abandon()
+            if not working.done():
+                logger.warning("%r did not end its turn within %g s: it is ended", self, self.cancel_timeout)
         except Exception as error:
             logger.info("%r, asked to end its turn: %s", self, error)
+        if not working.done():
+            await self._give_up(working)
+        return "cancelled" if working.cancelled() or working.exception() else working.result()
+
+    async def _give_up(self, working: "asyncio.Future[str]") -> None:
+        """End the agent; it would work on outside of any turn."""
+        self.mark_lost()
+        try:
+            await self._abandon()
+        except Exception:
+            logger.exception("ending %r failed", self)
         working.cancel()
         await asyncio.wait({working})
-        return "cancelled"
 
     def _refuse_closed(self) -> None:
         if self.status == "closed":
