@@ -13,8 +13,8 @@ from pool.backends.output import DirectSink, Sink, ThreadSink
 from pool.backends.turn import Collector, OnUpdate, Session, Turn, UpdateReader
 from pool.chats import Chat
 from pool.config import check_number
-from pool.errors import BackendClosed, ConfigError, TurnTimeout
-from pool.runtime import loop_thread
+from pool.errors import BackendClosed, ConfigError, TurnFailed, TurnTimeout
+from pool.runtime import loop_thread, was_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,10 @@ class AgentBackend(Backend):
             if asked.is_set():
                 return collector.turn(stop_reason)
         except asyncio.CancelledError:
+            if not was_cancelled():  # let out by what the prompt awaited
+                self._refuse_closed()
+                self.mark_lost()
+                raise TurnFailed(f"{self!r} gave the turn up", "died", collector.text[-_TAIL:]) from None
             await self._stop(working)
             raise
         except Exception:
@@ -182,6 +186,9 @@ class AgentBackend(Backend):
         except TimeoutError:
             if not working.done():
                 logger.warning("%r did not end its turn within %g s: it is ended", self, self.cancel_timeout)
+        except asyncio.CancelledError:
+            if was_cancelled():
+                raise
         except Exception as error:
             logger.info("%r, asked to end its turn: %s", self, error)
         if not working.done():
