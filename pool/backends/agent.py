@@ -216,7 +216,10 @@ def check_prompt(text: Any) -> str:
         raise ConfigError(f"prompt={text!r}: must be text, not {type(text).__name__}")
     if not text.strip():
         raise ConfigError("prompt is empty")
-    size = len(text.encode("utf-8", "replace"))
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ConfigError("prompt must not contain a lone surrogate") from None
     if size > MAX_PROMPT:
         raise ConfigError(f"prompt is {size} bytes long: at most {MAX_PROMPT} bytes of UTF-8")
     return text
