@@ -253,8 +253,8 @@ class AcpBackend(AgentBackend):
         """Tell the agent, if it runs and knows how; what it keeps on its disk is its own."""
         if self._connection is None or chat.session_id != self._session_id:
             return
-        can = self._hello.agent_capabilities.session_capabilities
-        if can is not None and can.close is not None:
+        can = self._hello.agent_capabilities
+        if can is not None and can.session_capabilities is not None and can.session_capabilities.close is not None:
             await self._session_request(self._connection.close_session(session_id=chat.session_id), "session/close")
         self._session_id = ""
 
