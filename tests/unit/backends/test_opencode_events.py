@@ -359,8 +359,7 @@ ODD = [
     '{"type": "message.part.updated", "properties": {"sessionID": "ses_1", "part": {"messageID": []}}}',
     '{"type": "message.part.updated", "properties": {"sessionID": "ses_1", "part": {"messageID": "msg_a"}}}',
     '{"type": "message.part.delta", "properties": {"sessionID": "ses_1"}}',
-    '{"type": "message.part.delta", "properties": {"sessionID": "ses_1", "messageID": "msg_a", "partID": "p",'
-    ' "field": "text", "delta": 3}}',
+    json.dumps(delta("p", "msg_a", 3)),
     '{"type": "permission.asked", "properties": {"sessionID": "ses_1"}}',
     '{"type": ["session.idle"], "properties": {"sessionID": {"a": 1}}}',
 ]
