@@ -13,8 +13,8 @@ from pool.backends.output import DirectSink, Sink, ThreadSink
 from pool.backends.turn import Collector, OnUpdate, Session, Turn, UpdateReader
 from pool.chats import Chat
 from pool.config import check_number
-from pool.errors import BackendClosed, ConfigError, TurnTimeout
-from pool.runtime import loop_thread
+from pool.errors import BackendClosed, ConfigError, TurnFailed, TurnTimeout
+from pool.runtime import loop_thread, was_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,10 @@ class AgentBackend(Backend):
             if asked.is_set():
                 return collector.turn(stop_reason)
         except asyncio.CancelledError:
+            if not was_cancelled():  # let out by what the prompt awaited
+                self._refuse_closed()
+                self.mark_lost()
+                raise TurnFailed(f"{self!r} gave the turn up", "died", collector.text[-_TAIL:]) from None
             collector.detach()  # who follows may be gone, and what is not read would hold the agent up
             await self._stop(working)
             raise
@@ -181,14 +185,26 @@ class AgentBackend(Backend):
                 await self._cancel()
                 return await asyncio.shield(working)
         except TimeoutError:
-            logger.warning("%r did not end its turn within %g s: it is ended", self, self.cancel_timeout)
-            self.mark_lost()
-            await self._abandon()
+            if not working.done():
+                logger.warning("%r did not end its turn within %g s: it is ended", self, self.cancel_timeout)
+        except asyncio.CancelledError:
+            if was_cancelled():
+                raise
         except Exception as error:
             logger.info("%r, asked to end its turn: %s", self, error)
+        if not working.done():
+            await self._give_up(working)
+        return "cancelled" if working.cancelled() or working.exception() else working.result()
+
+    async def _give_up(self, working: "asyncio.Future[str]") -> None:
+        """End the agent; it would work on outside of any turn."""
+        self.mark_lost()
+        try:
+            await self._abandon()
+        except Exception:
+            logger.exception("ending %r failed", self)
         working.cancel()
         await asyncio.wait({working})
-        return "cancelled"
 
     def _refuse_closed(self) -> None:
         if self.status == "closed":
@@ -201,7 +217,10 @@ def check_prompt(text: Any) -> str:
         raise ConfigError(f"prompt={text!r}: must be text, not {type(text).__name__}")
     if not text.strip():
         raise ConfigError("prompt is empty")
-    size = len(text.encode("utf-8", "replace"))
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ConfigError("prompt must not contain a lone surrogate") from None
     if size > MAX_PROMPT:
         raise ConfigError(f"prompt is {size} bytes long: at most {MAX_PROMPT} bytes of UTF-8")
     return text

@@ -130,8 +130,7 @@ class TurnEvents:
             self._delta(properties)
         elif kind == "permission.asked":
             name = str(properties.get("permission", ""))
-            title = str((properties.get("metadata") or {}).get("command") or " ".join(properties.get("patterns") or ()))
-            self._on_permission(str(properties["id"]), KINDS.get(name, "other"), title or name)
+            self._on_permission(str(properties["id"]), KINDS.get(name, "other"), _about(properties) or name)
         elif kind == "session.idle" and "assistant" in self._roles.values():
             self.idle.set()
 
@@ -166,3 +165,10 @@ class TurnEvents:
             self._collector.say(text[len(known) :])
         else:
             self._texts.setdefault(part, text)
+
+
+def _about(request: dict[str, Any]) -> str:
+    """What a permission is asked for; "" when that cannot be told, for even then it must be answered."""
+    metadata, patterns = request.get("metadata"), request.get("patterns")
+    command = metadata.get("command") if isinstance(metadata, dict) else None
+    return str(command or " ".join(map(str, patterns if isinstance(patterns, list) else ())))
