@@ -12,7 +12,7 @@ import pytest
 from pool.backends import leftovers
 from pool.backends.leftovers import owner, sweep_leftovers
 from pool.backends.shell import MARK
-from tests.support.processes import is_gone, wait_pid
+from tests.support.processes import is_gone, wait_gone, wait_pid
 
 # Its owner was started when no process was: it cannot live.
 DEAD = "{machine}.{pid}.1.0123456789abcdef"
@@ -88,7 +88,7 @@ def test_what_ignores_term_is_killed(start, tmp_path):
     pid = start(mark(), ["sh", "-c", f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 1; done"])
     wait_pid(tmp_path / "pid")
     assert sweep_leftovers() == [pid]
-    assert is_gone(pid)
+    wait_gone(pid)
 
 
 def test_what_heeds_term_gets_the_chance(start, tmp_path):
