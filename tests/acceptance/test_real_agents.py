@@ -53,7 +53,7 @@ permissions = {{ execute = "allow" }}
 
 [agents.opencode]
 kind = "opencode"
-command = {json.dumps(opencode.serve_command)}
+command = {json.dumps(opencode.serve_command[:2])}
 root_dir = {json.dumps(str(site.folder / "chats" / "opencode-{key}"))}
 permissions = {{ execute = "allow" }}
 [agents.opencode.env]
