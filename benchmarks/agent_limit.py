@@ -77,6 +77,7 @@ class _Watch:
     def __init__(self, site: AgentSite) -> None:
         self.seen: Counter[int] = Counter()
         self._command = "\0".join(site.echo_command()).encode()
+        self._before = set(os.listdir("/proc"))  # none of them is an agent
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -86,7 +87,7 @@ class _Watch:
 
     def _agents(self) -> Iterator[str]:
         for pid in os.listdir("/proc"):
-            if pid.isdigit():
+            if pid not in self._before:
                 try:
                     text = Path(f"/proc/{pid}/cmdline").read_bytes()
                 except OSError:
