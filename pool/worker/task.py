@@ -45,8 +45,8 @@ class PooledTask(Task):
     max_retries = 8
     retry_unavailable = True
     retry_exhausted = False
-    """Try again later when there was no backend in time (`AcquireTimeout`: the pool is full, or was full for so long that
-    the backend could not be ready in time), as often as when one is unavailable."""
+    """Try again later when there was no backend in time (`AcquireTimeout`: the pool is full, or was full for so long
+    that the backend could not be ready in time), as often as when one is unavailable."""
 
     lane: str | None = None
     """Tasks of one key in the same lane run one at a time, in order; those that wait hold no thread (with threads)."""
