@@ -69,6 +69,9 @@ class OpencodeServer(Backend):
         check_number("start_timeout", start_timeout, "must be more than 0")
         check_number("hang_timeout", hang_timeout, "must be more than 0")
         self.command = check_argv(command) if command is not None else None
+        for option in ("--hostname", "--port"):  # given twice, opencode says no more than "Unexpected error"
+            if any(word.partition("=")[0] == option for word in self.command or ()):
+                raise ConfigError(f"command={command!r}: leave {option} out: it is added")
         self.url = url
         self._password = check_secrets({"password": password})["password"] if password is not None else None
         self._env = check_env(env)

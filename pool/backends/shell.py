@@ -94,6 +94,7 @@ _pool_kill() {{
 {{ trap "" TERM HUP INT; exec 2>/dev/null; cat <&3; exec >/dev/null; sleep {EOF_GRACE}
   kill -s TERM -- "-$$"; sleep {KILL_GRACE}; _pool_kill; }} |
 {{ trap : TERM; exec 3<&-
+  _pool_path=$PATH
   if [ -n "$_pool_line" ]; then eval "$(printf %b "$_pool_line")"; fi
   _pool_command=$1 _pool_root=
   shift 3
@@ -107,6 +108,8 @@ _pool_kill() {{
   exec </dev/null
   echo "$_pool_token $_pool_said" >&2
   exec >/dev/null 2>&1
+  PATH=$_pool_path
+  unset {MARK}  # or each grep would find itself
   _pool_kill; }}
 """
 
