@@ -115,7 +115,9 @@ class AgentsReport:
 
 def table_of(talks: Sequence[Talk]) -> Table:
     """Return a row for each chat; narrow enough for 80 columns."""
-    table = Table(title="Chats with real agents", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title="Chats with real agents", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
     for column in ("chat", "agent", "where", "node"):
         table.add_column(column)
     for column in ("turns", "cold ms", "warm ms", "resumed", "remembered"):
