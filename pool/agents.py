@@ -25,7 +25,7 @@ from pool.backends.agent import AgentBackend
 from pool.backends.base import Backend
 from pool.backends.opencode import OpencodeBackend
 from pool.backends.opencode_server import OpencodeServer
-from pool.errors import ConfigError
+from pool.errors import ConfigError, InvalidKey
 from pool.keys import check_key, fill_key
 from pool.manager import DEFAULT_AGENT, SHARED
 from pool.tables import check_table, did_you_mean, fields_for
@@ -71,10 +71,10 @@ class Agents:
 
     def check(self, agent: Any) -> str:
         """Return *agent*, or raise `ConfigError` that names those there are."""
-        if agent not in self.tables:
+        if not isinstance(agent, str) or agent not in self.tables:
             known = sorted(self.tables)
             raise ConfigError(f"{self.source}: there is no agent {agent!r}{did_you_mean(str(agent), known)}")
-        return str(agent)
+        return agent
 
     def config_for(self, primary: str, agent: str) -> dict[str, Any]:
         """Return ``{"backend": kind, ...}`` for a chat, or for what all chats of an agent share (`SHARED`).
@@ -114,16 +114,19 @@ NO_AGENTS = Agents({})
 def _checked(name: str, table: Any, where: str) -> dict[str, Any]:
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where}: must be a table")
-    check_key(name)
+    try:
+        check_key(name)
+    except InvalidKey as error:
+        raise ConfigError(f"{where}: its name: {error}") from None
     if name == DEFAULT_AGENT:
         raise ConfigError(f"{where}: the name {name!r} is taken: it is the chat's own backend")
-    if table.get("kind") not in _KINDS:
-        kind = table.get("kind")
+    kind = table.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"{where}: field 'kind' = {kind!r}: must be one of {', '.join(sorted(_KINDS))}")
-    of_chat, shared, package = _KINDS[table["kind"]]
+    of_chat, shared, package = _KINDS[kind]
     fields = {field: value for field, value in table.items() if field != "kind"}
     makers: list[type] = [of_chat] if shared is None else [of_chat, shared]
-    check_table(fields, makers, f"agent kind {table['kind']!r}", where, _HIDDEN)
+    check_table(fields, makers, f"agent kind {kind!r}", where, _HIDDEN)
     if importlib.util.find_spec(package) is None or importlib.util.find_spec("psutil") is None:
         raise ConfigError(f"{where}: agents need more packages: pip install 'celery-warm-pool[agents]'")
     trial = {field: fill_key(value, _TRIAL, field) if field in _TEMPLATES else value for field, value in fields.items()}

@@ -99,6 +99,8 @@ class RedisChats(ChatStore):
 
     def close(self) -> None:
         """Close the client's connections."""
+        if isinstance(self.client, RedisCluster):  # its close() leaves those that no command uses
+            self.client.disconnect_connection_pools()  # type: ignore[no-untyped-call]
         self.client.close()
 
     # -- turns

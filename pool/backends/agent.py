@@ -162,6 +162,7 @@ class AgentBackend(Backend):
             if asked.is_set():
                 return collector.turn(stop_reason)
         except asyncio.CancelledError:
+            collector.detach()  # who follows may be gone, and what is not read would hold the agent up
             await self._stop(working)
             raise
         except Exception:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pool.backends.shell import check_env
 from pool.errors import ConfigError
 
 
@@ -17,6 +18,10 @@ def check_secrets(given: Any) -> dict[str, dict[str, str]]:
             raise ConfigError(f"secrets: {name} must be {{ env = 'VARIABLE' }} or {{ file = '/path' }}")
         if not all(isinstance(value, str) and value for value in source.values()):
             raise ConfigError(f"secrets: {name}: must name a variable or a file")
+    try:
+        check_env(dict.fromkeys(given, ""))  # they become variables
+    except ConfigError as error:
+        raise ConfigError(f"secrets: {error}") from None
     return {name: dict(source) for name, source in given.items()}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import click
 from celery import bootsteps
 
+from pool.agents import GROUP
 from pool.errors import ConfigError
 from pool.worker import rabbitmq
 from pool.worker.execution import check_execution_pool, interruptible, with_turns
@@ -55,7 +56,6 @@ class BackendPoolStep(bootsteps.StartStopStep):
         logger.info(
             "backend pool: %s of %d shards, backends from %s", shards, settings.shards, self.extension.backends_from
         )
-        self.extension.chats.prepare()
         if self.in_process:
             self.extension.closing = False
             _ = self.extension.pool
@@ -82,6 +82,8 @@ class BackendPoolStep(bootsteps.StartStopStep):
                 "evicted_idle": stats.evicted_idle,
                 "evicted_lru": stats.evicted_lru,
                 "retired": stats.retired_total,
+                "agents": stats.groups.get(GROUP, {}).get("total", 0),
+                "agents_mb": stats.groups.get(GROUP, {}).get("weight", 0) // 10**6,
                 **shards,
             }
         }

@@ -38,6 +38,13 @@ class CancelWatch:
             with self._lock:
                 self._turns.pop(turn, None)
 
+    async def _cancel(self, turn: str) -> None:
+        """Before the prompt has begun there is nothing to cancel: the next look asks again."""
+        with self._lock:
+            backend = self._turns.get(turn)  # None: it ended during the look, and its agent may have the next one
+        if backend is not None:
+            await backend.acancel()
+
     async def _look(self) -> None:
         while True:
             with self._lock:
@@ -48,7 +55,7 @@ class CancelWatch:
             try:
                 asked = await asyncio.to_thread(self._cancelled, list(turns))
                 for turn in asked:
-                    await turns[turn].acancel()  # False before the prompt has begun: the next look asks again
+                    await self._cancel(turn)
             except Exception as error:
                 logger.warning("looking for turns to cancel: %s", error)
             await asyncio.sleep(INTERVAL)

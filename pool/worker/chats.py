@@ -6,7 +6,6 @@ has that session or brings it back (`ensure_session`), and what is new is writte
 
 import importlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +21,14 @@ from pool.borrowing import Borrowed
 from pool.chats import Begun, Chat, ChatStore
 from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, ConfigError, NotOwner, PoolError
 from pool.manager import BackendPoolManager
+from pool.runtime import fork_count
 from pool.sharding.hashing import shard_of
 from pool.worker.cancelling import CancelWatch
 
 logger = logging.getLogger(__name__)
+
+_MOST_IDLE = 1000
+"""Chats that one pass looks at: more than ever stay because their close fails each time."""
 
 
 class ChatTurn:
@@ -34,7 +37,7 @@ class ChatTurn:
     def __init__(self, turn: str, begun: Begun, borrowed: Borrowed[Any], session: Session, watch: CancelWatch) -> None:
         self.id = turn
         self.session = session
-        self.warm = borrowed.warm and not session.resumed
+        self.warm = borrowed.warm and not session.resumed and session.session_id == begun.chat.session_id
         """The agent ran, and had the session."""
         self.repeated = begun.repeated
         """An earlier attempt of this very task had begun: the agent may have seen the prompt before."""
@@ -49,6 +52,17 @@ class ChatTurn:
             return self.backend.prompt(text, on_update, timeout)
 
 
+class _OfProcess:
+    """What each process has of its own: connections are not for a forked child, nor are locks that may be held."""
+
+    def __init__(self) -> None:
+        self.making = threading.Lock()
+        self.store: ChatStore | None = None
+        self.watch: CancelWatch | None = None
+        self.busy: set[str] = set()  # chats with a turn, or a close, under way
+        self.free = threading.Condition()
+
+
 class Chats:
     """Made by `WarmPool`. *store* makes the records' store, once in each process that needs it."""
 
@@ -56,35 +70,33 @@ class Chats:
         self.agents = agents
         self._epoch_of = epoch_of
         self._make_store = store
-        self._pid = 0
-        self._reset()
+        self._of_process: dict[int, _OfProcess] = {}
 
-    def _reset(self) -> None:
-        self._store: ChatStore | None = None
-        self._watch: CancelWatch | None = None
-        self._busy: set[str] = set()  # chats with a turn, or a close, under way
-        self._free = threading.Condition()
+    @property
+    def _here(self) -> "_OfProcess":
+        number = fork_count()
+        return self._of_process.get(number) or self._of_process.setdefault(number, _OfProcess())
 
     @property
     def store(self) -> ChatStore:
         """The records. Raises `ConfigError` where none can be kept."""
-        if self._pid != os.getpid():  # a forked child has connections of its own
-            self._reset()
-            self._pid = os.getpid()
-        if self._store is None:
-            self._store = self._make_store()
-        return self._store
+        here = self._here
+        with here.making:
+            if here.store is None:
+                here.store = self._make_store()
+            return here.store
 
     @property
     def watch(self) -> CancelWatch:
         """Looks for turns that are to be cancelled."""
-        store = self.store
-        if self._watch is None:
-            self._watch = CancelWatch(store.cancelled)
-        return self._watch
+        store, here = self.store, self._here
+        with here.making:
+            if here.watch is None:
+                here.watch = CancelWatch(store.cancelled)
+            return here.watch
 
     def prepare(self) -> None:
-        """At the start of a node: end what a killed one has left on this machine, and load what agents need."""
+        """In the process that has the pool: end what a killed one left on this machine, load what agents need."""
 
         def work() -> None:
             try:
@@ -113,13 +125,12 @@ class Chats:
                     session = borrowed.backend.ensure_session(begun.chat)
                     self._save(begun.chat, session)
                     yield (chat := ChatTurn(turn, begun, borrowed, session, self.watch))
-            except (BackendUnavailable, BackendClosed):
-                # It may run again, and the agent may have heard its prompt: the record goes on to name it.
-                if chat is None or not chat.prompted:
+            except BaseException as error:
+                # A message that goes back runs again. If the agent may have heard its prompt, the record goes on to
+                # name it. What is no Exception is the end of the process, at a cold shutdown of a solo pool.
+                again = isinstance(error, BackendUnavailable | BackendClosed) or not isinstance(error, Exception)
+                if chat is None or not chat.prompted or not again:
                     self._finish(key, agent, turn)
-                raise
-            except BaseException:
-                self._finish(key, agent, turn)
                 raise
             self._finish(key, agent, turn)
 
@@ -152,18 +163,19 @@ class Chats:
     def exclusive(self, key: str, timeout: float) -> Iterator[None]:
         """One turn, or one close, of a chat at a time. Raises `AcquireTimeout` after *timeout* seconds."""
         deadline = monotonic() + timeout
-        _ = self.store
-        with self._free:
-            while key in self._busy:
-                if not self._free.wait(max(0.0, deadline - monotonic())) and key in self._busy:
+        here = self._here
+        with here.free:
+            while key in here.busy:
+                left = min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
+                if not here.free.wait(left) and key in here.busy:
                     raise AcquireTimeout(f"another turn of chat {key!r} still runs after {timeout:g} s", "turn")
-            self._busy.add(key)
+            here.busy.add(key)
         try:
             yield
         finally:
-            with self._free:
-                self._busy.discard(key)
-                self._free.notify_all()
+            with here.free:
+                here.busy.discard(key)
+                here.free.notify_all()
 
     # -- closing
 
@@ -171,7 +183,8 @@ class Chats:
         """End a chat: its sessions, agents, backends, worktrees, records. Can be repeated, also when interrupted.
 
         *timeout*: seconds for a running turn to end. Returns ``{"closed", "retired"}`` of the pool, and in ``"agents"``
-        what became of each record. Raises `BackendUnavailable` when a host that can be asked again did not answer.
+        what became of each record. Raises `BackendUnavailable` when a host that can be asked again did not answer,
+        `AcquireTimeout` when a turn runs for too long or the pool has no room for what the close needs.
         """
         if not self.agents:
             return pool.close_key(key)
@@ -188,6 +201,8 @@ class Chats:
         for record in records:
             ended["agents"][record.agent] = self._forget(record, pool)
             self.store.delete(key, record.agent, epoch)
+        if records:
+            pool.close_key(key)  # what clearing away on the chat's host has connected again
         return ended
 
     def _say_goodbye(self, record: Chat, pool: BackendPoolManager[Any]) -> None:
@@ -209,7 +224,7 @@ class Chats:
             if error.retry_after is not None:
                 raise
             told = str(error)
-        except (NotOwner, BackendClosed):
+        except (NotOwner, BackendClosed, AcquireTimeout):
             raise
         except PoolError as error:
             told = str(error)
@@ -219,18 +234,20 @@ class Chats:
     def close_idle(self, shard: int, idle_for: float, pool: BackendPoolManager[Any]) -> list[str]:
         """Close the chats of *shard* that nobody used for *idle_for* seconds; finish closes that were interrupted."""
         closed = []
-        for key in self.store.idle(shard, idle_for) if self.agents else ():
+        for key in self.store.idle(shard, idle_for, _MOST_IDLE) if self.agents else ():
             try:
                 with self.exclusive(key, 0.0):
-                    if key in self.store.idle(shard, idle_for):  # still: a turn may have ended in between
+                    if key in self.store.idle(shard, idle_for, _MOST_IDLE):  # still: a turn may have ended in between
                         self._close(key, pool)
                         closed.append(key)
-            except AcquireTimeout:
-                continue  # it has a turn
+            except AcquireTimeout as error:  # it has a turn, or the pool has no room
+                logger.debug("chat %r is not closed now: %s", key, error)
             except (NotOwner, BackendClosed):
                 raise
             except PoolError as error:  # the next pass tries again
                 logger.warning("closing the idle chat %r failed: %s", key, error)
+            except Exception:  # one odd chat must not keep those behind it from being closed
+                logger.exception("closing the idle chat %r failed", key)
         return closed
 
 

@@ -181,6 +181,7 @@ class WarmPool:
                 if self._pid != os.getpid():
                     self._pool = self._make_pool()
                     self._pid = os.getpid()
+                    self.chats.prepare()
                     if self.guard is not None:
                         self.guard.watch(self._pool)
         assert self._pool is not None

@@ -20,13 +20,13 @@ def sweep_shard(self: PooledTask, shard: int) -> dict[str, Any]:
     return {"shard": shard, "evicted": [list(identity) for identity in self.pool.sweep()]}
 
 
-@shared_task(base=PooledTask, bind=True, key="chat_id", lane=CHAT_LANE, name="pool.close_chat")
+@shared_task(base=PooledTask, bind=True, key="chat_id", lane=CHAT_LANE, retry_exhausted=True, name="pool.close_chat")
 def close_chat(self: PooledTask, chat_id: str) -> dict[str, Any]:
     """End all that a chat (or user) has: its agents' sessions, processes, worktrees and records, and every backend.
 
     It waits for a running turn; other busy backends are closed when their tasks are done. Can be repeated. Returns
     ``{"key": chat_id, "closed": [agents], "retired": [agents]}`` and, where agents are configured, ``"agents"``:
-    what became of each one's session and worktree. While a host is unavailable it is retried.
+    what became of each one's session and worktree. While a host is unavailable, or the pool is full, it is retried.
     """
     extension = self.app.warm_pool
     return {"key": chat_id, **extension.chats.close(chat_id, self.pool, extension.settings.pool.acquire_timeout)}

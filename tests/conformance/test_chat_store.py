@@ -826,3 +826,19 @@ def test_namespaces_are_apart(server, real):
         other.chats.begin("c", "a", OLD, "t1")
     finally:
         other.close()
+
+
+@IN_REDIS
+def test_a_closed_store_leaves_no_connection(server):
+    """Also a cluster's, whose client keeps them in pools of its own."""
+    rig = RealChatRig(server)
+    rig.chats.begin("c", "a", OLD, "t1")
+    pools = (
+        [rig.chats.client.connection_pool]
+        if not server.cluster
+        else [node.redis_connection.connection_pool for node in rig.chats.client.get_nodes()]
+    )
+    connections = [connection for pool in pools for connection in pool._available_connections]
+    assert any(connection._sock for connection in connections)
+    rig.close()
+    assert not any(connection._sock for connection in connections)

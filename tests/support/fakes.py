@@ -26,6 +26,11 @@ class Gate:
         """Let everybody through."""
         self._open.set()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody may pass."""
+        return self._open.is_set()
+
     async def passed(self) -> None:
         """Return when the gate is open."""
         while not self._open.is_set():

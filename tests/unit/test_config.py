@@ -134,6 +134,16 @@ def test_settings_cannot_be_changed_in_place(config):
         ({"sweep_interval": 0}, "sweep_interval=0 s: must be more than 0"),
         ({"close_interval": -1}, "close_interval=-1 s"),
         ({"chat_ttl": NAN}, "chat_ttl=nan s"),
+        ({"max_agents": 0}, "max_agents=0 agents: must be a whole number, 1 or more"),
+        ({"max_agents": 2.5}, "max_agents=2.5 agents: must be a whole number"),
+        ({"max_agents": True}, "max_agents=True agents: must be a whole number"),
+        ({"max_agents": None}, "max_agents=None agents: must be a whole number"),
+        ({"agent_starts": 0}, "agent_starts=0 agents: must be a whole number, 1 or more"),
+        ({"agent_starts": "2"}, "agent_starts='2' agents: must be a whole number"),
+        ({"max_agents_mb": 0}, "max_agents_mb=0 MB: must be more than 0, or None for no limit"),
+        ({"max_agents_mb": -1.5}, "max_agents_mb=-1.5 MB"),
+        ({"max_agents_mb": NAN}, "max_agents_mb=nan MB"),
+        ({"max_agents_mb": "many"}, "max_agents_mb='many' MB"),
     ],
 )
 def test_settings_that_break_a_rule_are_refused(values, message):
@@ -147,6 +157,12 @@ def test_tasks_at_once_depends_on_the_execution_pool():
     assert Settings(execution="prefork").tasks_at_once == 1
     assert Settings(execution="solo", concurrency=1).tasks_at_once == 1
     assert Settings(concurrency=7).tasks_at_once == 7
+
+
+def test_the_limit_of_agents_is_what_the_settings_say():
+    """20 at most and two starting at once, whatever memory they hold, unless told otherwise; a MB is 10^6 bytes."""
+    assert Settings().agent_limit == GroupLimit(20, None, 2)
+    assert Settings(max_agents=3, max_agents_mb=1.5, agent_starts=1).agent_limit == GroupLimit(3, 1_500_000, 1)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +180,9 @@ def test_tasks_at_once_depends_on_the_execution_pool():
         ("POOL_HOSTS_FILE", "/etc/hosts.toml", "hosts_file", Path("/etc/hosts.toml")),
         ("POOL_DATA_DIR", "/srv/data", "data_dir", Path("/srv/data")),
         ("POOL_CHAT_TTL", "12.5", "chat_ttl", 12.5),
+        ("POOL_MAX_AGENTS", "3", "max_agents", 3),
+        ("POOL_MAX_AGENTS_MB", "1500.5", "max_agents_mb", 1500.5),
+        ("POOL_AGENT_STARTS", "1", "agent_starts", 1),
         ("POOL_IDLE_TIMEOUT", "60", "pool.idle_timeout", 60.0),
         ("POOL_MAX_BACKENDS", "5", "pool.max_backends", 5),
         ("POOL_ACQUIRE_TIMEOUT", "1.5", "pool.acquire_timeout", 1.5),
@@ -184,6 +203,7 @@ def test_each_variable_sets_its_field(variable, text, field, value):
 def test_an_empty_variable_is_an_unset_one(text):
     """As compose files leave them."""
     variables = "BROKER_URL SHARDS NODE_SHARDS EXECUTION CONCURRENCY IDLE_TIMEOUT NAMESPACE DATA_DIR HOSTS_FILE".split()
+    variables += "MAX_AGENTS MAX_AGENTS_MB AGENT_STARTS".split()
     assert Settings.from_env({f"POOL_{name}": text for name in variables}) == Settings()
 
 
@@ -211,6 +231,14 @@ def test_the_process_environment_is_read_without_an_argument(monkeypatch):
         ("POOL_CONCURRENCY", "0", "must be 1 or more"),
         ("POOL_CHAT_TTL", "soon", "must be a number of seconds"),
         ("POOL_CHAT_TTL", "0", "must be more than 0"),
+        ("POOL_MAX_AGENTS", "some", "must be a whole number"),
+        ("POOL_MAX_AGENTS", "2.5", "must be a whole number"),
+        ("POOL_MAX_AGENTS", "0", "must be a whole number, 1 or more"),
+        ("POOL_AGENT_STARTS", "two", "must be a whole number"),
+        ("POOL_AGENT_STARTS", "-1", "must be a whole number, 1 or more"),
+        ("POOL_MAX_AGENTS_MB", "4G", "must be a number of megabytes"),
+        ("POOL_MAX_AGENTS_MB", "0", "must be more than 0, or None for no limit"),
+        ("POOL_MAX_AGENTS_MB", "nan", "must be more than 0"),
         ("POOL_IDLE_TIMEOUT", "5m", "must be a number of seconds"),
         ("POOL_IDLE_TIMEOUT", "-1", "must be more than 0"),
         ("POOL_IDLE_TIMEOUT", "nan", "must be more than 0"),

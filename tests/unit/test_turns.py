@@ -18,8 +18,8 @@ class Bench:
         self.news = []
         self.turns = Turns(per_key, places, self.started.append, lambda queue, full: self.news.append((queue, full)))
 
-    def ask(self, key, number=0, queue=None):
-        job = Job(key, queue or f"q-{key}", number)
+    def ask(self, key, number=0, queue=None, limit=None):
+        job = Job(key, queue or f"q-{key}", number, limit)
         self.turns.ask(job)
         return job
 
@@ -108,6 +108,60 @@ def test_nothing_starts_after_close(bench):
     assert [(job.key, job.work) for job in bench.turns.withdraw()] == [("a", 2), ("b", 5)]
 
 
+# -- lanes: jobs that name how many of them run at once
+
+
+def test_a_lane_of_one_runs_one_at_a_time_in_order(bench):
+    """Whatever other keys may run at once."""
+    jobs = [bench.ask("a lane", number, "q", 1) for number in range(3)]
+    for number, job in enumerate(jobs):
+        assert bench.numbers()[-1] == ("a lane", number)
+        assert len(bench.started) == number + 1
+        bench.turns.done(job)
+
+
+def test_a_lane_and_the_ordinary_jobs_of_its_key_do_not_wait_for_each_other(bench):
+    """The lane's next one waits for the lane, theirs for them."""
+    turn, ordinary = bench.ask("a lane", 0, "q", 1), [bench.ask("a", number, "q") for number in range(2)]
+    bench.ask("a lane", 1, "q", 1)
+    bench.ask("a", 2, "q")
+    assert bench.numbers() == [("a lane", 0), ("a", 0), ("a", 1)]
+    bench.turns.done(ordinary[0])
+    assert bench.numbers()[3:] == [("a", 2)]
+    bench.turns.done(turn)
+    assert bench.numbers()[4:] == [("a lane", 1)]
+
+
+def test_a_lane_may_be_wider_than_a_key():
+    """Its own number counts, in both directions."""
+    bench = Bench(per_key=1, places=9)
+    for number in range(4):
+        bench.ask("wide", number, "q", 3)
+    assert len(bench.started) == 3
+
+
+def test_a_lane_that_waits_leaves_its_places_to_others(bench):
+    """It holds one of four; the jobs of other keys have the rest."""
+    for number in range(3):
+        bench.ask("a lane", number, "q", 1)
+    for key in "bcd":
+        bench.ask(key, 0)
+    assert bench.numbers() == [("a lane", 0), ("b", 0), ("c", 0), ("d", 0)]
+
+
+def test_the_jobs_of_a_lane_are_withdrawn_in_order(bench):
+    """With those of their queue; the one that runs stays, and the next one that comes waits for it."""
+    turn, *_ = [bench.ask("a lane", number, "q", 1) for number in range(3)]
+    bench.ask("a", 0, "q"), bench.ask("a", 1, "q"), bench.ask("a", 2, "q")
+    taken = bench.turns.withdraw({"q"})
+    assert [(job.key, job.work) for job in taken] == [("a lane", 1), ("a lane", 2), ("a", 2)]
+    assert all(job.limit == 1 for job in taken[:2])
+    bench.ask("a lane", 3, "q", 1)
+    assert len(bench.started) == 3
+    bench.turns.done(turn)
+    assert bench.numbers()[3:] == [("a lane", 3)]
+
+
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6))
 def test_any_order_of_events_keeps_the_limits_and_starts_everything_once(seed, per_key, places):
     """Random asks and ends: never more than the limits, each key in order, nobody waits beside a free place."""
@@ -120,18 +174,19 @@ def test_any_order_of_events_keeps_the_limits_and_starts_everything_once(seed, p
         started.append(job)
 
     turns = Turns(per_key, places, start, lambda queue, full: None)
+    limits = {"a": None, "b": None, "b lane": 1, "c": 2, None: None}
     for _ in range(120):
         if running and rng.random() < 0.5:
             turns.done(running.pop(rng.randrange(len(running))))
         else:
-            key = rng.choice(["a", "b", "c", None])
-            turns.ask(Job(key, str(key), asked[key]))
+            key = rng.choice(list(limits))
+            turns.ask(Job(key, str(key)[0], asked[key], limits[key]))
             asked[key] += 1
         count = Counter(job.key for job in running)
         assert len(running) <= places
-        assert all(number <= per_key for key, number in count.items() if key is not None)
+        assert all(number <= (limits[key] or per_key) for key, number in count.items() if key is not None)
         waiting = {key for key in asked if asked[key] > sum(job.key == key for job in started)}
-        idle = [key for key in waiting if key is None or count[key] < per_key]
+        idle = [key for key in waiting if key is None or count[key] < (limits[key] or per_key)]
         assert not idle or len(running) == places
     while running:
         turns.done(running.pop())
