@@ -59,19 +59,22 @@ def show(answer: dict[str, Any]) -> None:
     for asked in answer["permissions"]:
         if asked["answer"] == "deny":
             note(f"not allowed: {asked['kind']}: {asked['title']}", "yellow")
-    console.print(answer["text"].rstrip() or "(no answer)")
+    if answer["text"]:
+        console.print(answer["text"].rstrip())
     if answer["truncated"]:
         note("... and more, which is not kept")
     if answer["stop_reason"] != "end_turn":
         note(answer["stop_reason"], "yellow")
+    elif not answer["text"]:
+        note("it said nothing")
 
 
 def close(chat: str) -> None:
     ended = close_chat.delay(chat).get(timeout=120)["agents"]
-    note(f"closed: {', '.join(ended) or 'nothing was open'}")
-    for agent, left in ended.items():
-        if left:
-            note(f"{agent}: {left}")
+    for agent, told in ended.items():
+        note(f"closed {agent}{''.join(f'; {what}: {how}' for what, how in told.items())}")
+    if not ended:
+        note("nothing was open")
 
 
 def main(chat: str, agent: str) -> None:
