@@ -47,31 +47,37 @@ def turn(chat: str, agent: str, prompt: str) -> None:
     show(result.get())
 
 
+MARKS = {
+    "memory_lost": "the agent has lost its memory of this chat: it begins anew",
+    "resumed": "resumed: the agent was started anew, and remembers the chat",
+    "repeated": "a node died in this turn, which ran again: the agent may have heard it twice",
+    "truncated": "the answer was too long to be kept as a whole",
+}
+
+
 def show(answer: dict[str, Any]) -> None:
-    if answer["memory_lost"]:
-        note("the agent has lost its memory of this chat: it begins anew", "yellow")
-    if answer["resumed"]:
-        note("resumed: the agent was started anew, and remembers the chat")
-    if answer["repeated"]:
-        note("a node died in this turn, which ran again: the agent may have heard it twice", "yellow")
+    for mark, meaning in MARKS.items():
+        if answer[mark]:
+            note(meaning, "dim" if mark == "resumed" else "yellow")
     for call in answer["tool_calls"]:
         note(f"{call['kind']}: {call['title']} ({call['status']})")
     for asked in answer["permissions"]:
         if asked["answer"] == "deny":
             note(f"not allowed: {asked['kind']}: {asked['title']}", "yellow")
-    console.print(answer["text"].rstrip() or "(no answer)")
-    if answer["truncated"]:
-        note("... and more, which is not kept")
+    if answer["text"]:
+        console.print(answer["text"].rstrip())
     if answer["stop_reason"] != "end_turn":
         note(answer["stop_reason"], "yellow")
+    elif not answer["text"]:
+        note("it said nothing")
 
 
 def close(chat: str) -> None:
     ended = close_chat.delay(chat).get(timeout=120)["agents"]
-    note(f"closed: {', '.join(ended) or 'nothing was open'}")
-    for agent, left in ended.items():
-        if left:
-            note(f"{agent}: {left}")
+    for agent, told in ended.items():
+        note(f"closed {agent}{''.join(f'; {what}: {how}' for what, how in told.items())}")
+    if not ended:
+        note("nothing was open")
 
 
 def main(chat: str, agent: str) -> None:

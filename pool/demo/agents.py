@@ -115,7 +115,7 @@ class Conversations:
 
     def _talk(self) -> None:
         """In each chat a turn that starts the agent, one in which it runs a command, then two quiet, warm ones."""
-        for number, talk in enumerate(self.talks, start=1):
+        for number, talk in enumerate(reversed(self.talks), start=1):  # first with those that take long
             with self.console.status(f"chat {number} of {len(self.talks)}, {talk.program} ..."):
                 running = [process.program for process in self._running(talk.node)]
                 talk.started_server = talk.agent == "opencode" and "opencode" not in running

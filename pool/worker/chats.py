@@ -107,6 +107,9 @@ class Chats:
                 logger.exception("preparing for agents failed")
 
         if self.agents:
+            requests = logging.getLogger("httpx")  # tells of each one to an agent's server, some ten in a turn
+            if requests.level == logging.NOTSET:
+                requests.setLevel(logging.WARNING)
             threading.Thread(target=work, name="pool-agents-prepare", daemon=True).start()
 
     # -- turns

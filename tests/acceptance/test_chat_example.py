@@ -85,7 +85,7 @@ def test_lines_from_a_pipe_are_answered_in_order(site: Site, key: str) -> None:
         "edit=False",
         f"TurnFailed: agent {sys.executable!r}: told to fail (no reason)",
         f"ConfigError: {site.hosts_file}: there is no agent 'ecko'; did you mean 'echo'?",
-        "closed: echo",
+        "closed echo",
         "turn 1: anew; earlier: []",
     ]
 

@@ -570,3 +570,17 @@ def test_a_turn_that_was_asked_to_end_ends(office):
     turn.result()
     assert ended == ["cancelled"]
     assert record(office).turn == ""
+
+
+@pytest.mark.parametrize(("before", "after"), [(logging.NOTSET, logging.WARNING), (logging.DEBUG, logging.DEBUG)])
+def test_requests_to_a_server_fill_no_log(before, after, office, monkeypatch):
+    """Unless somebody wants to see them."""
+    monkeypatch.setattr(module, "sweep_leftovers", list)
+    requests = logging.getLogger("httpx")
+    was = requests.level
+    try:
+        requests.setLevel(before)
+        office.chats.prepare()
+        assert requests.level == after
+    finally:
+        requests.setLevel(was)
