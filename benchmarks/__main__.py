@@ -30,6 +30,9 @@ NAMES = (
     "handoff",
     "shutdown",
     "takeover",
+    "agents",
+    "agent_kills",
+    "agent_limit",
 )
 
 

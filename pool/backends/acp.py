@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pool.backends.acp_wire import LineTransport
 from pool.backends.agent import AgentBackend
+from pool.backends.base import BackendStatus
 from pool.backends.permissions import Policy
 from pool.backends.process import PipedProcess
 from pool.backends.secrets import check_secrets, read_secrets
@@ -173,16 +174,20 @@ class AcpBackend(AgentBackend):
         client, self._client = self._client, None
         process, self._process = self._process, None
         self._session_id = ""
-        if connection is not None:
-            await connection.close()
-        if client is not None:
-            await client.terminals.close()
-        if process is not None:
-            await process.close()
+        try:
+            if connection is not None:
+                await connection.close()
+            if client is not None:
+                await client.terminals.close()
+        finally:
+            if process is not None:
+                await process.close()
 
     # -- the session
 
     async def _ensure_session(self, chat: Chat) -> Session:
+        if self._connection is None:
+            raise BackendUnavailable(f"agent {self.command[0]!r} was ended: another is started", "lost", 0.0)
         if chat.session_id and chat.session_id == self._session_id:
             return self._session()
         lost = bool(chat.session_id)
@@ -230,6 +235,7 @@ class AcpBackend(AgentBackend):
                 raise BackendUnavailable("the connection to the agent's host was lost", "lost", 0.0) from error
             await self._end_process()
             await self._start()
+            self._set_status(BackendStatus.CONNECTED)  # the end of the one before may have been noticed
             return False
         except Exception as error:
             logger.info("chat %r: its session was not brought back: %s", self.chat, _said(error))
@@ -274,8 +280,11 @@ class AcpBackend(AgentBackend):
             response = await connection.prompt(session_id=self._session_id, prompt=[sdk.text_block(text)])
         except ConnectionError as error:
             raise await self._turn_error(process) from error
-        except Exception as error:
+        except sdk.RequestError as error:
             raise TurnFailed(f"agent {self.command[0]!r}: {_said(error)}", "refused", process.tail()) from error
+        except Exception as error:
+            text = f"agent {self.command[0]!r}: its answer breaks the protocol: {_said(error)}"
+            raise TurnFailed(text, "garbage", process.tail()) from error
         finally:
             client.collector = None
         usage = sdk.usage_of(response)
@@ -327,7 +336,9 @@ def _own_version() -> str:
 
 
 def _said(error: Exception) -> str:
-    """What an agent answered, with the details that it gave."""
+    """What an agent answered, with the details that it gave; or what is wrong with it, without pydantic's address."""
+    if hasattr(error, "errors"):
+        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5])
     data = getattr(error, "data", None)
     details = data.get("details", data) if isinstance(data, Mapping) else data
     return f"{error} ({details})" if details else f"{error or type(error).__name__}"

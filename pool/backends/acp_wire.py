@@ -84,9 +84,9 @@ class LineTransport:
         elif line.strip():
             try:
                 message = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 message = None
-            if isinstance(message, dict) and ("method" in message or "id" in message):
+            if _is_message(message):
                 self._messages.append(message)
             else:
                 self._note_garbage(line)
@@ -100,3 +100,11 @@ class LineTransport:
 
     async def close(self) -> None:
         """The process is ended by whoever started it."""
+
+
+def _is_message(message: Any) -> bool:
+    """Whether it is a request, a notification or a response; the SDK stops listening for good at what only looks so."""
+    if not isinstance(message, dict) or not ("method" in message or "id" in message):
+        return False
+    rightly = isinstance(message.get("method"), str | None) and isinstance(message.get("error"), dict | None)
+    return rightly and isinstance(message.get("id"), str | int | float | None)

@@ -166,6 +166,7 @@ class AgentBackend(Backend):
                 self._refuse_closed()
                 self.mark_lost()
                 raise TurnFailed(f"{self!r} gave the turn up", "died", collector.text[-_TAIL:]) from None
+            collector.detach()  # who follows may be gone, and what is not read would hold the agent up
             await self._stop(working)
             raise
         except Exception:

@@ -54,11 +54,14 @@ def _started(pid: int) -> int | None:
 def sweep_leftovers() -> list[int]:
     """End every process whose owner is gone: TERM, then KILL. Returns their ids.
 
-    Blocks for up to `KILL_GRACE` seconds, and looks at each process of this user: for the start of a worker.
+    Blocks for up to `KILL_GRACE` seconds, and looks at each process of this user: for the start of a worker. Never its
+    own process, nor those it was started by: an agent may have started a worker.
     """
     import psutil
 
-    found = [process for process in psutil.process_iter() if _is_left(process)]
+    me = psutil.Process()
+    spared = {me, *me.parents()}
+    found = [process for process in psutil.process_iter() if process not in spared and _is_left(process)]
     for process in found:
         _end(process, hard=False)
     _, stubborn = psutil.wait_procs(found, timeout=KILL_GRACE)

@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pool.backends.agent import AgentBackend
+from pool.backends.base import BackendStatus
 from pool.backends.opencode_events import EventStream, TurnEvents
 from pool.backends.opencode_server import OpencodeServer
 from pool.backends.permissions import Policy
@@ -61,6 +62,8 @@ class OpencodeBackend(AgentBackend):
         self._borrowed: Borrowed[Any] | None = None
         self._events: EventStream | None = None
         self._session_id = ""
+        self._ignore: Callable[[], None] = lambda: None  # listens to the server no more
+        self._detaching: asyncio.Future[None] | None = None
         self._asked: dict[str, asyncio.Task[None]] = {}  # permissions that wait for our answer
 
     # -- life
@@ -76,7 +79,13 @@ class OpencodeBackend(AgentBackend):
         from pool.manager import SHARED
 
         self._borrowed = await self.pool.aacquire_backend(SHARED, self.agent)
+        self._ignore = self._server.on_status_change(self._server_changed)
         self._events = await self._server.follow(self.site.folder_path)
+
+    def _server_changed(self, status: BackendStatus) -> None:
+        """Let go of a server that is gone, or it would keep its place among the agents as long as this chat is warm."""
+        if status is not BackendStatus.CONNECTED and not self.is_busy():
+            self._detaching = asyncio.ensure_future(self._detach())
 
     @property
     def _server(self) -> OpencodeServer:
@@ -100,6 +109,7 @@ class OpencodeBackend(AgentBackend):
         borrowed, self._borrowed = self._borrowed, None
         events, self._events = self._events, None
         self._session_id = ""
+        self._ignore()
         if borrowed is None:
             return
         try:
@@ -146,7 +156,7 @@ class OpencodeBackend(AgentBackend):
         try:
             answer = await self._server.client.request(method, path, params=params, **options)
         except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed
-            why = f"opencode server: {error or type(error).__name__}"
+            why = f"opencode server: {str(error) or type(error).__name__}"
             raise BackendUnavailable(why, "lost", 0.0) from error
         if answer.status_code >= 400:
             raise TurnFailed(f"opencode: HTTP {answer.status_code}: {_message(answer.text)}", "refused")
@@ -230,7 +240,9 @@ class OpencodeBackend(AgentBackend):
         if server.command is None:
             return error
         server.mark_lost()
-        return TurnFailed(f"the opencode server died: {await server.last_words()}", "died")
+        told = TurnFailed(f"the opencode server died: {await server.last_words()}", "died")
+        await self._detach()
+        return told
 
     def _answer(self, collector: Collector, request: str, kind: str, title: str) -> None:
         """Answer a permission request by the policy."""

@@ -69,6 +69,9 @@ class OpencodeServer(Backend):
         check_number("start_timeout", start_timeout, "must be more than 0")
         check_number("hang_timeout", hang_timeout, "must be more than 0")
         self.command = check_argv(command) if command is not None else None
+        for option in ("--hostname", "--port"):  # given twice, opencode says no more than "Unexpected error"
+            if any(word.partition("=")[0] == option for word in self.command or ()):
+                raise ConfigError(f"command={command!r}: leave {option} out: it is added")
         self.url = url
         self._password = check_secrets({"password": password})["password"] if password is not None else None
         self._env = check_env(env)
@@ -104,8 +107,18 @@ class OpencodeServer(Backend):
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,  # a proxy of the environment is not for this server
         )
-        await self._probe()
+        await self._greet()
         await self._weigh()
+
+    async def _greet(self) -> None:
+        """Probe it until it answers: a request that comes the moment it begins to listen is never answered."""
+        deadline = monotonic() + self._start_timeout
+        while True:
+            try:
+                return await self._probe()
+            except BackendUnavailable as error:
+                if error.reason != "timeout" or monotonic() > deadline:
+                    raise
 
     async def _start(self, command: list[str], password: str) -> str:
         """Start the server; return its address. A port that somebody took in between costs another attempt."""
@@ -159,8 +172,9 @@ class OpencodeServer(Backend):
         try:
             answer = await self._client.get("/global/health", timeout=_PROBE_TIMEOUT)
         except httpx.HTTPError as error:
-            text = f"opencode server {self.url or self.command!r}: {error or type(error).__name__}"
-            raise BackendUnavailable(text, "refused" if self.url else "lost", 0.0) from error
+            text = f"opencode server {self.url or self.command!r}: {str(error) or type(error).__name__}"
+            reason = "timeout" if isinstance(error, httpx.TimeoutException) else "refused" if self.url else "lost"
+            raise BackendUnavailable(text, reason, 0.0) from error
         if answer.status_code == 401:
             raise self._unusable("wrong password, or none", "login")
         if answer.status_code != 200:

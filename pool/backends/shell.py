@@ -94,19 +94,22 @@ _pool_kill() {{
 {{ trap "" TERM HUP INT; exec 2>/dev/null; cat <&3; exec >/dev/null; sleep {EOF_GRACE}
   kill -s TERM -- "-$$"; sleep {KILL_GRACE}; _pool_kill; }} |
 {{ trap : TERM; exec 3<&-
+  _pool_path=$PATH
   if [ -n "$_pool_line" ]; then eval "$(printf %b "$_pool_line")"; fi
   _pool_command=$1 _pool_root=
   shift 3
+  _pool_said=
   for _pool_line do
-    cd -P -- "$_pool_line" 2>/dev/null || {{ echo "$_pool_token cwd" >&2; exit {_NOTICE_CODE}; }}
-    case "${{PWD%/}}/" in "${{_pool_root%/}}"/*) ;; *) echo "$_pool_token escape $PWD" >&2; exit {_NOTICE_CODE};; esac
+    cd -P -- "$_pool_line" 2>/dev/null || {{ _pool_said=cwd; break; }}
+    case "${{PWD%/}}/" in "${{_pool_root%/}}"/*) ;; *) _pool_said="escape $PWD"; break;; esac
     _pool_root=$PWD
   done
-  ( exec /bin/sh -c "$_pool_command" )
-  _pool_code=$?
+  [ -n "$_pool_said" ] || {{ ( exec /bin/sh -c "$_pool_command" ); _pool_said="exit $?"; }}
   exec </dev/null
-  echo "$_pool_token exit $_pool_code" >&2
+  echo "$_pool_token $_pool_said" >&2
   exec >/dev/null 2>&1
+  PATH=$_pool_path
+  unset {MARK}  # or each grep would find itself
   _pool_kill; }}
 """
 
@@ -149,7 +152,8 @@ class ShellCommand:
         what, _, where = stderr[stderr.index(self.token) + len(self.token) :].strip().partition(" ")
         if what == "cwd":
             raise FileOperationFailed.of(2, "cwd", self.folder, "no such folder, or not accessible")
-        raise PathEscapeError(f"cwd {self.folder!r} leaves its root through a symlink, to {where!r}")
+        if what == "escape":
+            raise PathEscapeError(f"cwd {self.folder!r} leaves its root through a symlink, to {where!r}")
 
 
 class PipedCommand(ShellCommand):

@@ -271,10 +271,17 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         command = PipedCommand(argv, cwd.chain, {**self.base_env, **env}, owner())
         connection, channels = await self.live_connection(), self._channels
         line = command.line(self._login_shell)
+
+        async def opening() -> asyncssh.SSHClientProcess[bytes]:
+            task = asyncio.ensure_future(connection.create_process(line, encoding=None))
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:  # closed, it ends; forgotten, it would wait for its input until the end
+                task.add_done_callback(_close_late)
+                raise
+
         try:
-            process = await channels.granted(
-                connection, lambda: connection.create_process(line, encoding=None), lasting=True
-            )
+            process = await channels.granted(connection, opening, lasting=True)
         except asyncssh.Error as error:
             raise self.lost_error(error) from error
 
@@ -347,6 +354,12 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     def __repr__(self) -> str:
         user = f"{self.username}@" if self.username else ""
         return f"<{type(self).__name__} {user}{self.host}:{self.port} {self.root!r} {self.status}>"
+
+
+def _close_late(opening: "asyncio.Future[asyncssh.SSHClientProcess[bytes]]") -> None:
+    """Close a process that was started after its caller had gone."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 class _Client(asyncssh.SSHClient):

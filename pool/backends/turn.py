@@ -53,6 +53,7 @@ class Collector:
 
     def __init__(self, sink: Sink | None = None) -> None:
         self._sink = sink
+        self._resume: Callable[[], None] | None = None  # of who waits for room in the sink
         self._text: list[str] = []
         self._size = 0
         self._tools: dict[str, dict[str, Any]] = {}
@@ -101,7 +102,14 @@ class Collector:
 
     def full(self, resume: Callable[[], None]) -> bool:
         """See `Sink.full`."""
+        self._resume = resume
         return self._sink is not None and self._sink.full(resume)
+
+    def detach(self) -> None:
+        """Pass nothing on any more, and have nobody wait for it."""
+        self._sink = None
+        if self._resume is not None:
+            self._resume()
 
     @property
     def text(self) -> str:

@@ -60,10 +60,12 @@ class Worktree:
             if gone.exit_code:
                 return {**told, "removed": False, "branch": self.branch, "why": gone.stderr.strip()[-500:]}
         branch = shlex.quote(self.branch)
-        command = self._here + self._in_repository(f"git branch -q -d {branch}")
-        kept = await workspace.aexec(command, timeout=_GIT_TIMEOUT, check=False)
-        if kept.exit_code and "not fully merged" in kept.stderr:
-            told |= {"branch": self.branch, "why": "its branch has commits that are merged nowhere"}
+        delete = f"if git show-ref -q --verify refs/heads/{branch}; then git branch -q -d {branch}; fi"
+        kept = await workspace.aexec(self._here + self._in_repository(delete), timeout=_GIT_TIMEOUT, check=False)
+        if kept.exit_code:
+            unmerged = "not fully merged" in kept.stderr
+            why = "its branch has commits that are merged nowhere" if unmerged else kept.stderr.strip()[-500:]
+            told |= {"branch": self.branch, "why": why}
         return told
 
     @property

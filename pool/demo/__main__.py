@@ -12,6 +12,7 @@ from rich.console import Console
 
 import pool.demo
 from pool.demo.affinity import Affinity
+from pool.demo.agents import ENVIRONMENT, Conversations, check_agents
 from pool.demo.stage import DemoError, Stage
 from pool.demo.takeover import Takeover
 
@@ -19,10 +20,12 @@ from pool.demo.takeover import Takeover
 def main() -> int:
     """Run the demo; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pool.demo", description=pool.demo.__doc__)
-    parser.add_argument("--kill", action="store_true", help="kill -9 one of three nodes while builds run")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--kill", action="store_true", help="kill -9 one of three nodes while builds run")
+    which.add_argument("--agents", action="store_true", help="chat with two real coding agents, offline")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--users", type=int, default=12)
-    parser.add_argument("--tasks", type=int, default=300, help="in all; at least 3 for each user; not with --kill")
+    parser.add_argument("--users", type=int, default=12, help="not with --agents")
+    parser.add_argument("--tasks", type=int, default=300, help="builds in all; not with --kill, --agents")
     parser.add_argument("--folder", type=Path, default=Path(".pool/demo"), help="made anew; keeps the logs")
     options = parser.parse_args()
     if options.users < 1 or options.tasks < 3 * options.users:
@@ -31,10 +34,16 @@ def main() -> int:
         signal.signal(number, _interrupt)
     console = Console(stderr=options.json)
     try:
-        with Stage(options.folder, console) as stage:
-            demo: Any = (
-                Takeover(stage, options.users) if options.kill else Affinity(stage, options.users, options.tasks)
-            )
+        if options.agents:
+            check_agents()
+        with Stage(options.folder, console, ENVIRONMENT if options.agents else None) as stage:
+            demo: Any
+            if options.agents:
+                demo = Conversations(stage)
+            elif options.kill:
+                demo = Takeover(stage, options.users)
+            else:
+                demo = Affinity(stage, options.users, options.tasks)
             report = demo.run()
     except KeyboardInterrupt:
         console.print("interrupted; everything was stopped")

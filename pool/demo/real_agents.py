@@ -1,12 +1,17 @@
-"""Real agents that need no network: how codex-acp and opencode are found, and configured for a `FakeLlm`."""
+"""Real agents that need no network: how codex-acp and opencode are found, configured for a `FakeLlm`, and counted."""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CodexHome", "OpencodeHome", "find_binary"]
+from pool.backends.shell import MARK
+
+__all__ = ["AgentProcess", "CodexHome", "OpencodeHome", "agent_processes", "find_binary"]
+
+BINARIES = ("codex-acp", "opencode")
 
 _KEY = "FAKE_LLM_KEY"
 _ASK: Mapping[str, str] = {"bash": "ask", "edit": "ask"}
@@ -94,6 +99,39 @@ def _opencode_config(llm_url: str, api_key: str, permission: Mapping[str, str]) 
             }
         },
     }
+
+
+@dataclass(frozen=True)
+class AgentProcess:
+    """A process that a worker has started for an agent, or that such a process has started."""
+
+    pid: int
+    program: str
+    """Name of the file that runs: one of `BINARIES`, or the shell around it, or a command of the agent."""
+    worker: int
+    """Process id of the worker."""
+    folder: str
+    """Where it works, symlinks resolved."""
+
+    @property
+    def is_agent(self) -> bool:
+        return self.program in BINARIES
+
+
+def agent_processes(workers: Collection[int]) -> list[AgentProcess]:
+    """Return what runs on this machine for agents of these worker processes, dead or alive; by the mark it carries."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mark = process.environ().get(MARK, "").split(".")
+            if len(mark) == 4 and int(mark[1]) in workers and process.status() != psutil.STATUS_ZOMBIE:
+                program = os.path.basename(process.exe())
+                found.append(AgentProcess(process.pid, program, int(mark[1]), process.cwd()))
+        except (psutil.Error, OSError):  # another user's, or just gone
+            continue
+    return found
 
 
 def _binary(name: str) -> str:

@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from celery.app.utils import find_app
 from rich.console import Console
@@ -19,6 +19,8 @@ from rich.console import Console
 from pool import embedded
 from pool.backends.shell import ShellCommand
 from pool.loopback_sshd import LoopbackSshd, SshdInfo
+
+T = TypeVar("T")
 
 IDLE_TIMEOUT = 5.0  # seconds; short, so that the sweep can be watched
 SWEEP_INTERVAL = 1.0
@@ -31,14 +33,18 @@ class DemoError(RuntimeError):
 
 
 class Stage:
-    """Entered: the SSH server runs, and *app* is the project's own, as a producer sees it. Everything ends with it."""
+    """Entered: the SSH server runs, and *app* is the project's own, as a producer sees it. Everything ends with it.
+
+    *env*: variables for it and its nodes, besides its own.
+    """
 
     app: Any
     sshd: SshdInfo
 
-    def __init__(self, folder: Path, console: Console) -> None:
+    def __init__(self, folder: Path, console: Console, env: Mapping[str, str] | None = None) -> None:
         self.folder = folder.absolute()
         self.console = console
+        self._env = dict(env or {})
         self._stack = ExitStack()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._nodes: list[str] = []
@@ -57,6 +63,15 @@ class Stage:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
+    def enter(self, context: AbstractContextManager[T]) -> T:
+        """Have something end with the stage, after the nodes that are started later."""
+        return self._stack.enter_context(context)
+
+    def add_hosts(self, text: str) -> None:
+        """Add to the hosts file; for the nodes that are started later."""
+        with self._hosts.open("a", encoding="utf-8") as file:
+            file.write(text)
+
     # -- processes
 
     def start_node(self, name: str) -> None:
@@ -68,6 +83,10 @@ class Stage:
     def start_beat(self) -> None:
         """Start beat."""
         self._start("beat", "beat", "-s", str(self.folder / "beat-schedule"))
+
+    def stop_beat(self) -> None:
+        """End it; it can be started again."""
+        _end(self._processes.pop("beat"))
 
     def wait_for_nodes(self) -> None:
         """Wait for `shared_out`."""
@@ -105,8 +124,8 @@ class Stage:
         self.folder.mkdir(parents=True)
 
     def _write_environment(self) -> dict[str, str]:
-        hosts = self.folder / "hosts.toml"
-        hosts.write_text(
+        self._hosts = self.folder / "hosts.toml"
+        self._hosts.write_text(
             "[default]\n"
             'backend = "ssh"\nhost = "127.0.0.1"\n'
             f"port = {self.sshd.port}\n"
@@ -117,10 +136,11 @@ class Stage:
         )
         return {
             "POOL_DATA_DIR": str(self.folder),
-            "POOL_HOSTS_FILE": str(hosts),
+            "POOL_HOSTS_FILE": str(self._hosts),
             "POOL_NODE_SHARDS": "",  # leased
             "POOL_IDLE_TIMEOUT": str(IDLE_TIMEOUT),
             "POOL_SWEEP_INTERVAL": str(SWEEP_INTERVAL),
+            **self._env,
         }
 
     @contextmanager
@@ -145,15 +165,20 @@ class Stage:
             yield process
         finally:
             with process:  # lets go of the lifeline at the end, whatever happened before
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGTERM)
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(STOP_TIMEOUT)
+                _end(process)
 
     @property
     def shown_folder(self) -> Path:
         """The folder as somebody in the current one would type it."""
         return self.folder.relative_to(Path.cwd()) if self.folder.is_relative_to(Path.cwd()) else self.folder
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Have a process end, and the shell around it; what does not end in time ends with its lifeline."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT)
 
 
 def until(condition: Callable[[], bool], timeout: float, what: str, interval: float = 0.1) -> None:

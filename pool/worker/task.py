@@ -10,7 +10,7 @@ from celery.exceptions import Reject
 
 from pool.backends.base import Backend
 from pool.borrowing import Borrowed, Borrowing
-from pool.errors import BackendUnavailable, ConfigError, InvalidKey, NotOwner, PoolError, PoolExhausted
+from pool.errors import AcquireTimeout, BackendUnavailable, ConfigError, InvalidKey, NotOwner, PoolError
 from pool.keys import check_key
 from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
@@ -26,7 +26,7 @@ MIN_RETRY_DELAY = 0.5
 
 
 EXHAUSTED_DELAY = 1.0
-"""Seconds before a task that found the pool full is tried again (`PooledTask.retry_exhausted`), more each time."""
+"""Seconds before a task that got no backend in time is tried again (`PooledTask.retry_exhausted`), more each time."""
 
 
 class PooledTask(Task):
@@ -45,7 +45,8 @@ class PooledTask(Task):
     max_retries = 8
     retry_unavailable = True
     retry_exhausted = False
-    """Try again later when the pool is full, as often as when a backend is unavailable."""
+    """Try again later when there was no backend in time (`AcquireTimeout`: the pool is full, or was full for so long
+    that the backend could not be ready in time), as often as when one is unavailable."""
 
     lane: str | None = None
     """Tasks of one key in the same lane run one at a time, in order; those that wait hold no thread (with threads)."""
@@ -196,7 +197,7 @@ class PooledTask(Task):
 
     def _retry_delay(self, error: PoolError) -> float | None:
         """Seconds until the task is to be tried again; None: it has failed."""
-        if isinstance(error, PoolExhausted) and self.retry_exhausted:
+        if isinstance(error, AcquireTimeout) and self.retry_exhausted:
             return EXHAUSTED_DELAY * (1 + int(self.request.retries))
         if isinstance(error, BackendUnavailable) and self.retry_unavailable and error.retry_after is not None:
             return max(MIN_RETRY_DELAY, error.retry_after)

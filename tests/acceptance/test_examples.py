@@ -12,12 +12,17 @@ import psutil
 import pytest
 
 from pool import embedded
+from pool.demo.real_agents import agent_processes
 from tests.support.celery_nodes import CHECKOUT, START_TIMEOUT, WorkerNode, bare_environment
+from tests.support.real_agents import require_agents
 from tests.support.site import Site
 from tests.support.waiting import wait_until
 
 EXAMPLES = CHECKOUT / "examples"
 DEMO_TIMEOUT = 180.0
+AGENTS_TIMEOUT = 300.0
+AGENTS_DIR = ["POOL_AGENTS_DIR"]
+"""Names the folder with the real agents, here and in the demo."""
 
 
 @pytest.fixture
@@ -84,7 +89,7 @@ def test_an_assistant_that_died_is_started_anew(
 def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pool.demo", "--folder", str(folder), *options],
-        env=bare_environment(),
+        env={**bare_environment(), **{name: os.environ[name] for name in AGENTS_DIR if name in os.environ}},
         cwd=CHECKOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -148,3 +153,58 @@ def test_an_interrupted_demo_leaves_no_process_behind(number: signal.Signals, tm
         finally:
             demo.kill()
             embedded.stop(folder / "valkey")
+
+
+@pytest.mark.agents
+@pytest.mark.timeout(AGENTS_TIMEOUT + 60)
+def test_the_demo_chats_with_real_agents_that_remember(tmp_path: Path) -> None:
+    """``make demo AGENTS=1``: every chat goes on in its session, after an eviction and after kill -9 of its node."""
+    require_agents()
+    with start_demo(tmp_path / "demo", "--agents", "--json") as demo:
+        told, progress = demo.communicate(timeout=AGENTS_TIMEOUT)
+    assert demo.returncode == 0, progress + told
+    report = json.loads(told)
+    assert (report["failed"], report["astray"], report["forgotten"], report["refused"]) == (0, 0, 0, 0)
+    assert report["evicted"] >= 10  # 8 x codex-acp, 2 x opencode; more if one was idle in between
+    assert (report["chats"], report["evicted_resumed"], report["closed"]) == (12, 12, 12)
+    assert (report["killed_chats"], report["killed_resumed"]) == (6, 6)
+    assert 3.0 < report["continued_s"]  # TTL - heartbeat - margin
+    assert report["killed_agents"] > 0
+    assert report["warm_ms_p50"].keys() == {"codex", "codex-host", "opencode"}
+
+
+@pytest.mark.agents
+@pytest.mark.timeout(AGENTS_TIMEOUT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_demo_leaves_no_agent_behind(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C, or kill -9, while agents of each kind run."""
+    require_agents()
+    folder = tmp_path / "demo"
+    with start_demo(folder, "--agents") as demo:
+        try:
+            log = folder / "worker-node-a.log"
+            wait_until(lambda: log.exists() and "succeeded in" in log.read_text(), "agents work", DEMO_TIMEOUT)
+            below = psutil.Process(demo.pid).children(recursive=True)
+            pids = [process.pid for process in below]
+            wait_until(lambda: {p.program for p in agent_processes(pids)} >= {"codex-acp"}, "codex runs")
+            wait_until(lambda: "opencode" in {p.program for p in agent_processes(pids)}, "opencode runs", DEMO_TIMEOUT)
+            demo.send_signal(number)
+            _, errors = demo.communicate(timeout=90)
+            if number == signal.SIGINT:
+                assert demo.returncode == 130
+                assert "Traceback" not in errors
+            _, alive = psutil.wait_procs(below, timeout=30)
+            assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+            wait_until(lambda: not agent_processes(pids), "no agent is left", 30.0)
+        finally:
+            demo.kill()
+            embedded.stop(folder / "valkey")
+
+
+def test_a_demo_without_agents_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, in one line."""
+    monkeypatch.setenv("POOL_AGENTS_DIR", str(tmp_path))
+    with start_demo(tmp_path / "demo", "--agents") as demo:
+        told, errors = demo.communicate(timeout=DEMO_TIMEOUT)
+    assert (demo.returncode, errors) == (1, "")
+    assert told == "not installed: codex-acp and opencode. Run `make agents`, which needs npm\n"

@@ -1,9 +1,6 @@
 """Turns of agents through Celery: nodes, records, closes and cancels as processes, with an agent of our own."""
 
-import json
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,35 +12,13 @@ from pool import ConfigError, InvalidKey, TurnFailed, TurnTimeout
 from pool.sessions import RedisChats
 from tests.support.celery_nodes import WorkerNode
 from tests.support.cluster import QUICK
-from tests.support.site import RESULT_TIMEOUT, Producer, Site
+from tests.support.site import RESULT_TIMEOUT, Producer, Site, echo_hosts
 from tests.support.waiting import wait_until
-
-
-def hosts_text(site: Site, *flags: str, agents: str = "") -> str:
-    """A hosts file with the agent ``echo``, run on the worker; *flags* are its own."""
-    store = site.folder / "store"
-    store.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "tests.support.faulty_agent", "--store", str(store), "--load", *flags]
-    checkout = str(Path(__file__).parents[2])
-    return f"""
-[default]
-backend = "local"
-root_dir = {json.dumps(str(site.data / "work" / "{key}"))}
-
-[agents.echo]
-kind = "acp"
-command = {json.dumps(command)}
-env = {{ PYTHONPATH = {json.dumps(checkout)} }}
-root_dir = {json.dumps(str(site.folder / "chats" / "{key}"))}
-permissions = {{ execute = "allow" }}
-cancel_timeout = 2
-{agents}
-"""
 
 
 @pytest.fixture(scope="module")
 def hosts(site: Site) -> str:
-    return hosts_text(site)
+    return echo_hosts(site)
 
 
 @pytest.fixture(autouse=True)

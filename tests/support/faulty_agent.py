@@ -315,6 +315,14 @@ class FaultyAgent:
         await self.writer.drain()
         await self.say(session_id, "it went on")
 
+    async def _do_malformed(self, _session_id: str, _: str) -> None:
+        """Almost messages: their parts are of the wrong types, or nested without end."""
+        for _ in range(1001):
+            self.writer.write(b'{"id": [1], "result": 1}\n{"id": 1, "error": 5}\n{"id": 2, "method": {}}\n')
+        self.writer.write(b'{"method": ' + b"[" * 100_000 + b"\n")
+        await self.writer.drain()
+        await asyncio.Event().wait()
+
     async def _do_garbage_forever(self, _session_id: str, _: str) -> None:
         while True:
             self.writer.write(f"{_GARBAGE}\n".encode())

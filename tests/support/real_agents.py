@@ -3,8 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from pool.demo.real_agents import CodexHome, OpencodeHome, find_binary
+from pool.demo.real_agents import BINARIES, CodexHome, OpencodeHome, find_binary
 from tests.support.services import require_service
+
+
+def require_agents() -> None:
+    for name in BINARIES:
+        require_service(name, find_binary(name))
 
 
 def codex_home(folder: Path, llm_url: str, **options: Any) -> CodexHome:

@@ -1,7 +1,9 @@
 """One place for an acceptance test: a data folder, its embedded Valkey, perhaps a RabbitMQ, the nodes on it, and an app to send tasks from."""
 
 import contextlib
+import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from pool.embedded import is_redis
 from pool.loopback_sshd import SshdInfo
 from pool.sharding.hashing import queue_name
 from tests.support.celery_nodes import (
+    CHECKOUT,
     BeatContainer,
     RabbitContainer,
     ValkeyContainer,
@@ -127,6 +130,26 @@ def ssh_hosts(info: SshdInfo, root_dir: str = "builds/{key}") -> str:
         root_dir = "{root_dir}"
         client_keys = "{info.client_key}"
         known_hosts = "{info.known_hosts}"
+    """
+
+
+def echo_hosts(site: Site) -> str:
+    """A hosts file with the agent ``echo``, run on the worker."""
+    store = site.folder / "store"
+    store.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.support.faulty_agent", "--store", str(store), "--load"]
+    return f"""
+        [default]
+        backend = "local"
+        root_dir = {json.dumps(str(site.data / "work" / "{key}"))}
+
+        [agents.echo]
+        kind = "acp"
+        command = {json.dumps(command)}
+        env = {{ PYTHONPATH = {json.dumps(str(CHECKOUT))} }}
+        root_dir = {json.dumps(str(site.folder / "chats" / "{key}"))}
+        permissions = {{ execute = "allow" }}
+        cancel_timeout = 2
     """
 
 

@@ -115,6 +115,10 @@ BAD = [
     (acp("max_line = 0"), ["[agents.a]: max_line=0 bytes: must be more than 0"]),
     (opencode(""), ["[agents.o]: kind 'opencode' needs either command or url"]),
     (opencode("command = ['o']\nurl = 'http://x'"), ["[agents.o]: kind 'opencode' needs either command or url"]),
+    (
+        opencode("command = ['o', 'serve', '--port=1']"),
+        ["[agents.o]: command=['o', 'serve', '--port=1']: leave --port"],
+    ),
     (opencode("url = 'x:4096'"), ["[agents.o]: url='x:4096': must begin with http:// or https://"]),
     (opencode("command = ['o']", root=""), ["[agents.o]: root_dir is missing"]),
     (opencode("command = 'opencode serve'"), ["[agents.o]: field 'command' = 'opencode serve': must be a list"]),

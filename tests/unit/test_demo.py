@@ -1,11 +1,13 @@
 """What the demo's verdict is made of: a run in which something went wrong must not look well."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pool.demo.takeover import Build, Takeover
+from pool.demo.talks import TOOL, AgentsReport, Talk
 
 A, B, C, A2 = ("node-a@x", 1), ("node-b@x", 2), ("node-c@x", 3), ("node-a@x", 4)
 KILLED, RESTARTED = 10.0, 20.0
@@ -66,3 +68,76 @@ def test_a_build_that_failed_or_never_ended_is_told(wrong) -> None:
     report = run((A, 1.0), (B, 15.0), **wrong)._report()
     assert not report.ok
     assert report.failed + report.lost == 1
+
+
+def answer(text: str, session: str = "s1", **fields: object) -> dict[str, object]:
+    return {"text": text, "session_id": session, "memory_lost": False, "resumed": False, "node": "node-a@x", **fields}
+
+
+@pytest.mark.parametrize(
+    ("third", "remembers"),
+    [
+        (answer("turn 3: hello; earlier: [hi, !tool pwd | tee where]", resumed=True, node="node-b@x"), True),
+        (answer("turn 1: hello; earlier: []"), False),
+        (answer("turn 3: hello; earlier: [hi, !tool pwd | tee where]", "s2"), False),
+        (answer("turn 3: hello; earlier: [hi, !tool pwd | tee where]", memory_lost=True), False),
+    ],
+)
+def test_an_agent_remembers_only_what_it_can_tell_in_its_session(third, remembers) -> None:
+    """By its text, by its session, and by what it says of itself."""
+    talk = Talk("chat-01", "codex", "node-a", "/work/chat-01")
+    talk.take("hi", answer("turn 1: hi; earlier: []"), 500.0)
+    talk.take(TOOL, answer("tool said: /work/chat-01\n"), 100.0)
+    talk.take("hello", third, 100.0)
+    assert talk.remembered == 2 + remembers
+
+
+def test_an_agent_that_works_elsewhere_is_not_as_promised() -> None:
+    """What its command printed is no folder of the chat."""
+    talk = Talk("chat-01", "codex", "node-a", "/work/chat-01")
+    talk.take(TOOL, answer("tool said: /elsewhere\n"), 100.0)
+    assert not talk.remembered
+
+
+FINE = AgentsReport(
+    chats=2,
+    turns=9,
+    failed=0,
+    astray=0,
+    forgotten=0,
+    refused=0,
+    cold_ms_p50={"codex": 300.0},
+    server_start_ms_p50=0.0,
+    warm_ms_p50={"codex": 100.0},
+    evicted=2,
+    evicted_resumed=2,
+    killed="node-a",
+    killed_chats=1,
+    killed_agents=1,
+    gone_s=0.4,
+    killed_resumed=1,
+    continued_s=7.0,
+    closed=2,
+)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"failed": 1},
+        {"astray": 1},
+        {"forgotten": 1},
+        {"refused": 1},
+        {"evicted": 0},
+        {"evicted_resumed": 1},
+        {"killed_chats": 0, "killed_resumed": 0},
+        {"killed_resumed": 0},
+        {"killed_agents": 0},
+        {"closed": 1},
+        {"chats": 0, "evicted_resumed": 0, "closed": 0},
+    ],
+)
+def test_a_chat_that_did_not_go_as_promised_is_told(wrong) -> None:
+    """The rest of the run was fine."""
+    assert FINE.ok
+    assert not replace(FINE, **wrong).ok

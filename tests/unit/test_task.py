@@ -9,9 +9,17 @@ from celery.exceptions import Reject, Retry
 from celery.result import AsyncResult
 
 from pool import MemoryBackend, PoolConfig, Settings, install
-from pool.errors import BackendClosed, BackendUnavailable, ConfigError, InvalidKey, NotOwner
+from pool.errors import (
+    AcquireTimeout,
+    BackendClosed,
+    BackendUnavailable,
+    ConfigError,
+    InvalidKey,
+    NotOwner,
+    PoolExhausted,
+)
 from pool.sharding.hashing import shard_of
-from pool.worker.task import MIN_RETRY_DELAY, PooledTask
+from pool.worker.task import EXHAUSTED_DELAY, MIN_RETRY_DELAY, PooledTask
 
 
 @pytest.fixture
@@ -224,6 +232,23 @@ def test_an_unavailable_backend_is_retried_after_its_time(retry_after, countdown
         task("u1")
     assert asked[0]["countdown"] == countdown
     assert isinstance(asked[0]["exc"], BackendUnavailable)
+
+
+@pytest.mark.parametrize("error", [AcquireTimeout("it connects", "connect"), PoolExhausted("no room", "room")])
+def test_who_got_no_backend_in_time_tries_again_if_the_task_wants_that(error, app, monkeypatch):
+    """Whether it still waited for room, or had got in too late for its backend to be ready; else it fails."""
+
+    def body(self: Any) -> None:
+        raise error
+
+    task = make(app, body, retry_exhausted=True)
+    monkeypatch.setattr(task, "retry", lambda **options: Retry(when=options["countdown"]))
+    with Message(task, "u1"), pytest.raises(Retry) as asked:
+        task("u1")
+    assert asked.value.when == EXHAUSTED_DELAY
+    task.retry_exhausted = False
+    with Message(task, "u1"), pytest.raises(type(error)):
+        task("u1")
 
 
 def test_retries_end_after_max_retries_with_the_error_itself(app):
