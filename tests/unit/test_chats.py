@@ -288,6 +288,7 @@ def test_a_forked_child_makes_a_store_of_its_own(office, monkeypatch):
         assert office.chats.store is office.store
         assert office.stores_made == 2
         assert office.chats.watch is not watch
+        assert office.chats.watch is office.chats.watch
     assert office.chats.store is office.store
     assert office.stores_made == 2
 
@@ -330,6 +331,12 @@ def test_an_agent_that_is_lost_is_not_told(office):
     office.pool.peek("c1", "fake").mark_lost()
     assert office.close()["agents"] == {"fake": {"session": "deleted"}}
     assert office.farm.did("close_session", "forget") == ["forget"]
+    office.farm.diary.clear()
+    office.farm.errors["session"] = lost()
+    with pytest.raises(BackendUnavailable):
+        office.run()
+    office.close()
+    assert office.farm.did("close_session", "close", "forget") == ["close", "forget"]
 
 
 def test_a_session_that_cannot_be_closed_holds_up_nothing(office):
@@ -477,7 +484,7 @@ def test_idle_chats_of_the_shard_are_closed(office):
     assert office.pool.peek(old, "fake") is None
 
 
-def test_an_idle_chat_that_has_a_turn_is_spared(office):
+def test_an_idle_chat_that_has_a_turn_is_spared(office, caplog):
     """A turn may well take longer than a chat may be idle."""
     first, second = OF_SHARD[:2]
     office.run(second, "t2")
@@ -485,6 +492,7 @@ def test_an_idle_chat_that_has_a_turn_is_spared(office):
         grow_old(office)
         assert Aside(lambda: office.chats.close_idle(SHARD, 50.0, office.pool)).result() == [second]
     assert office.store.records(first)
+    assert not caplog.records  # nothing to wonder at
 
 
 def test_a_chat_that_became_active_in_between_is_spared(office, monkeypatch):
@@ -522,7 +530,7 @@ def test_an_interrupted_close_is_finished(office):
 @pytest.mark.parametrize(
     "error", [lost(1.0), PoolExhausted("full", "room"), KeyError("odd")], ids=lambda e: type(e).__name__
 )
-def test_one_chat_that_cannot_be_closed_does_not_keep_the_others(error, office, monkeypatch):
+def test_one_chat_that_cannot_be_closed_does_not_keep_the_others(error, office, monkeypatch, caplog):
     """The next pass tries it again."""
     first, second = OF_SHARD[:2]
     office.run(first, "t1")
@@ -538,6 +546,18 @@ def test_one_chat_that_cannot_be_closed_does_not_keep_the_others(error, office, 
     monkeypatch.setattr(office.farm.kind, "_forget", fail)
     assert office.chats.close_idle(SHARD, 50.0, office.pool) == [second]
     assert record(office, first).state == "closing"
+    told = [entry for entry in caplog.records if f"closing the idle chat {first!r} failed" in entry.message]
+    assert len(told) == (not isinstance(error, AcquireTimeout))
+    assert all(bool(entry.exc_info) == isinstance(error, KeyError) for entry in told)
+
+
+def test_a_pass_ends_when_the_pool_is_closed(office):
+    """The node is shutting down; the next one goes on."""
+    office.run(OF_SHARD[0])
+    grow_old(office)
+    office.farm.errors["forget"] = BackendClosed("closed")
+    with pytest.raises(BackendClosed):
+        office.chats.close_idle(SHARD, 50.0, office.pool)
 
 
 def test_a_pass_ends_when_the_shard_was_lost(office):
