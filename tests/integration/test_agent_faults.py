@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from pool.backends import output
 from pool.errors import BackendUnavailable, PathEscapeError, TurnFailed, TurnTimeout
 from pool.runtime import loop_thread
 from tests.support.agent_rigs import EchoRig
@@ -27,7 +28,7 @@ def rig(tmp_path):
         for backend in rig._backends:
             backend.destroy()
         wait_gone(*rig.forked(), *rig.started())
-        assert rig.processes() == []
+        wait_until(lambda: rig.processes() == [], lambda: f"nothing runs: {rig.processes()}")
 
 
 def refused(rig, **config):
@@ -298,6 +299,18 @@ def test_what_comes_after_a_turn_belongs_to_no_turn(rig):
     assert agent.prompt("usable").text == "turn 2: usable; earlier: [!late]"
 
 
+@pytest.fixture
+def small_queue(monkeypatch):
+    """Few updates fill it."""
+    monkeypatch.setattr(output, "HIGH_WATER", 1 << 16)
+
+
+def waits(agent):
+    """Whether the reports of the agent have to wait for their follower."""
+    return agent._client.collector._sink._resume
+
+
+@pytest.mark.usefixtures("small_queue")
 def test_a_flood_of_updates_waits_for_who_follows(rig):
     """None is lost, however slow the follower is."""
     agent = rig.ready()
@@ -305,25 +318,26 @@ def test_a_flood_of_updates_waits_for_who_follows(rig):
 
     def on_update(update):
         if not seen:
-            wait_until(lambda: agent._client.collector.full(lambda: None), "the agent waits")
+            wait_until(lambda: waits(agent), "the agent waits", 60)
         seen.append(update["text"])
 
-    turn = agent.prompt("!updates 60000", on_update=on_update)
-    assert len(seen) == len(turn.text) == 60000
+    turn = agent.prompt("!updates 6000", on_update=on_update)
+    assert len(seen) == len(turn.text) == 6000
 
 
+@pytest.mark.usefixtures("small_queue")
 def test_a_follower_that_fails_in_a_flood_does_not_cost_the_agent(rig):
     """Nobody reads any more when it is cancelled; it must still be heard."""
     agent = rig.ready()
 
     def on_update(_):
-        wait_until(lambda: agent._client.collector.full(lambda: None), "the agent waits")
+        wait_until(lambda: waits(agent), "the agent waits", 60)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        agent.prompt("!updates 60000", on_update=on_update)
+        agent.prompt("!updates 6000", on_update=on_update)
     assert agent.usable
-    assert agent.prompt("usable").text == "turn 2: usable; earlier: [!updates 60000]"
+    assert agent.prompt("usable").text == "turn 2: usable; earlier: [!updates 6000]"
 
 
 @pytest.mark.parametrize("prompt", ["!hang", "!slow 60 one two", "!garbage 10"])

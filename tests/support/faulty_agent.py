@@ -47,9 +47,9 @@ def _start(flags: argparse.Namespace) -> None:
         fork(kind, flags.store)
     if flags.stderr:
         flood_stderr(flags.stderr)
-    time.sleep(flags.slow_start)
     for _ in range(flags.garbage):
         print(_GARBAGE, flush=True)
+    time.sleep(flags.slow_start)
     while flags.garbage_forever:
         print(_GARBAGE)
     while flags.line_forever:
@@ -237,6 +237,10 @@ class FaultyAgent:
     async def say(self, session_id: str, text: str) -> None:
         await self.client.session_update(session_id, acp.update_agent_message_text(text))
 
+    async def drain(self) -> None:
+        """Shielded: the SDK's stream never gets over a cancelled drain."""
+        await asyncio.shield(self.writer.drain())
+
     async def told(self, session_id: str, call: Any) -> None:
         """Say what a request brought, or the error."""
         try:
@@ -300,7 +304,7 @@ class FaultyAgent:
 
     async def _do_exit(self, session_id: str, _: str) -> None:
         await self.say(session_id, "its last words")
-        await self.writer.drain()
+        await self.drain()
         print("Traceback: it crashed", file=sys.stderr, flush=True)
         os._exit(3)
 
@@ -312,7 +316,7 @@ class FaultyAgent:
         for _ in range(int(count)):
             self.writer.write(f"{_GARBAGE}\n".encode())
         self.writer.write(b'[1, 2]\n\n{"neither": "nor"}\n"text"\n\xff\xfe\n')
-        await self.writer.drain()
+        await self.drain()
         await self.say(session_id, "it went on")
 
     async def _do_malformed(self, _session_id: str, _: str) -> None:
@@ -320,17 +324,17 @@ class FaultyAgent:
         for _ in range(1001):
             self.writer.write(b'{"id": [1], "result": 1}\n{"id": 1, "error": 5}\n{"id": 2, "method": {}}\n')
         self.writer.write(b'{"method": ' + b"[" * 100_000 + b"\n")
-        await self.writer.drain()
+        await self.drain()
         await asyncio.Event().wait()
 
     async def _do_garbage_forever(self, _session_id: str, _: str) -> None:
         while True:
             self.writer.write(f"{_GARBAGE}\n".encode())
-            await self.writer.drain()
+            await self.drain()
 
     async def _do_line(self, session_id: str, megabytes: str) -> None:
         self.writer.write(b"x" * (int(megabytes) * MEGABYTE) + b"\n")
-        await self.writer.drain()
+        await self.drain()
         await self.say(session_id, "it went on")
 
     async def _do_message(self, session_id: str, megabytes: str) -> None:
@@ -428,7 +432,7 @@ class FaultyAgent:
         lines = (json.dumps(message, separators=(",", ":")) + "\n").encode() * 1000
         for _ in range(int(count) // 1000):
             self.writer.write(lines)
-            await self.writer.drain()
+            await self.drain()
 
 
 def _orders() -> Iterator[str]:
