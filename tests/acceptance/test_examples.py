@@ -184,10 +184,13 @@ def test_an_interrupted_demo_leaves_no_agent_behind(number: signal.Signals, tmp_
         try:
             log = folder / "worker-node-a.log"
             wait_until(lambda: log.exists() and "succeeded in" in log.read_text(), "agents work", DEMO_TIMEOUT)
+            pids = [process.pid for process in psutil.Process(demo.pid).children(recursive=True)]
+
+            def both_run() -> bool:
+                return {"codex-acp", "opencode"} <= {process.program for process in agent_processes(pids)}
+
+            wait_until(both_run, "agents of each kind run", DEMO_TIMEOUT)
             below = psutil.Process(demo.pid).children(recursive=True)
-            pids = [process.pid for process in below]
-            wait_until(lambda: {p.program for p in agent_processes(pids)} >= {"codex-acp"}, "codex runs")
-            wait_until(lambda: "opencode" in {p.program for p in agent_processes(pids)}, "opencode runs", DEMO_TIMEOUT)
             demo.send_signal(number)
             _, errors = demo.communicate(timeout=90)
             if number == signal.SIGINT:
