@@ -89,6 +89,9 @@ class Killing:
         for node in nodes:
             node.until(lambda: self._pids() >= PROCESSES, "its agents run", BOOT)
         self.started += self._pids()
+        seen = {p.pid for _ in range(LOOKS) for p in self._processes() if _has_mark(p)}
+        if len(seen) < PROCESSES:  # then none that is left would be seen either
+            raise RuntimeError(f"{PROCESSES} processes said that they run, {len(seen)} were seen")
         self._kill(nodes)
         self._redis.flushall()  # the turns that ran would run again
 
@@ -169,7 +172,8 @@ def _survive(report: Report, site: AgentSite, turns: int) -> None:
     node = site.node(name, POOL_IDLE_TIMEOUT="0.5")
     node.until(lambda: pong(site.app, name), "answers a ping")
     process = psutil.Process(node.pid)
-    looks = {turns // 10, turns // 2, turns}
+    first = max(turns // 10, CHATS)  # all chats have an agent by then
+    looks = {first, turns // 2, turns}
     resumed = wrong = 0
     seen: list[tuple[int, int, float, int]] = []
     for turn in range(1, turns + 1):
@@ -184,7 +188,7 @@ def _survive(report: Report, site: AgentSite, turns: int) -> None:
             _evict_all(site)
     report.raw["turn, fds, MB, threads"] = seen
     for turn, fds, megabytes, threads in seen:
-        limit = None if turn == turns // 10 else float(seen[0][1])
+        limit = None if turn == first else float(seen[0][1])
         report.add(f"node after turn {turn}: open files", fds, "fds", limit, remark=f"{threads} threads")
         report.add("... resident memory", megabytes, "MB")
     report.add("... more at the end than at the first look", 100 * (seen[-1][2] / seen[0][2] - 1), "%")
