@@ -51,11 +51,6 @@ def recovers(rig, session_id, *texts):
     assert agent.prompt("usable").text == f"turn {len(texts) + 1}: usable; earlier: [{', '.join(texts)}]"
 
 
-def starts(rig):
-    """A healthy process starts after all that."""
-    assert rig.ready(flags=[]).prompt("usable").text == "turn 1: usable; earlier: []"
-
-
 # -- starting
 
 
@@ -89,7 +84,6 @@ def test_an_agent_that_does_not_start_says_why(rig, flags, config, reason, told)
     for text in told:
         assert text in str(error)
     assert len(str(error)) < 6000
-    starts(rig)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +102,13 @@ def test_a_command_that_is_no_agent_says_so(rig, command, told):
     assert type(error) is BackendUnavailable
     for text in told:
         assert text in str(error)
-    starts(rig)
+
+
+def test_the_chat_goes_on_after_an_agent_that_did_not_start(rig):
+    """Nothing of the failed starts is in the way of the next."""
+    for flags in (["--exit", "start"], ["--kill", "start", "--fork", "daemon"], ["--slow-start", "1000"]):
+        refused(rig, flags=flags, start_timeout=4)
+    assert rig.ready(flags=[]).prompt("usable").text == "turn 1: usable; earlier: []"
 
 
 def test_a_folder_that_leads_out_of_the_root_is_refused(rig):
