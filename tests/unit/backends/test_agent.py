@@ -181,7 +181,7 @@ def test_a_turn_that_ends_while_it_is_being_cancelled_ended_as_it_did(agent):
     assert not agent.abandoned
 
 
-def test_an_agent_whose_turn_has_ended_is_not_ended_for_a_request_that_hangs(farm):
+def test_an_agent_whose_turn_has_ended_is_not_ended_for_a_request_that_hangs(farm, caplog):
     """The request to end it was late."""
     agent = connected(farm, cancel_timeout=0.1)
     farm.cancels.shut()
@@ -192,6 +192,7 @@ def test_an_agent_whose_turn_has_ended_is_not_ended_for_a_request_that_hangs(far
     assert turn.result().stop_reason == "end_turn"
     assert not agent.abandoned
     assert agent.usable
+    assert "did not end its turn" not in caplog.text
 
 
 def test_a_cancel_between_turns_is_none_and_hits_no_later_turn(agent):
@@ -426,6 +427,23 @@ def test_an_agent_is_busy_while_a_turn_runs(agent):
     turn.result()
     assert not agent.is_busy()
     assert agent.capabilities.max_users == 1
+
+
+def test_a_turn_leaves_nothing_running(agent):
+    """However it ended."""
+
+    async def tasks():
+        await asyncio.sleep(0)  # what was cancelled last has ended
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    before = loop_thread().run(tasks())
+    agent.prompt("do it")
+    turn = begun(agent)
+    agent.cancel()
+    turn.result()
+    with pytest.raises(TurnTimeout):
+        agent.prompt("do it", timeout=0.01)
+    assert loop_thread().run(tasks()) <= before
 
 
 # -- prompts

@@ -135,6 +135,14 @@ def test_an_older_state_of_a_part_takes_nothing_back(turn):
     turn.hear(part("p", "msg_a", "one two"), part("p", "msg_a", "one"), part("p", "msg_a", ""))
     turn.hear(delta("p", "msg_a", "!"), part("p", "msg_a", "one two!"))
     assert turn.collector.text == "one two!"
+    turn.hear(part("p", "msg_a", "one"), part("p", "msg_a", "one two! three"))
+    assert turn.collector.text == "one two! three"
+
+
+def test_words_that_were_changed_afterwards_are_not_said_again(turn):
+    """What was passed on cannot be taken back; a rest of other words would be nonsense."""
+    turn.hear(part("p", "msg_a", "one two"), part("p", "msg_a", "ONE AND two"))
+    assert turn.collector.text == "one two"
 
 
 def test_the_same_words_twice_are_two_pieces(turn):
