@@ -22,7 +22,7 @@ Ask = Callable[[], Any]
 
 
 def measure(*, quick: bool) -> Report:
-    rounds = 5 if quick else 200
+    rounds = 5 if quick else 100
     report = Report("agents", "a warm turn through Celery, and the agent's own warm prompt, taken in turns")
     with agent_site() as site, fake_llm() as llm, ExitStack() as stack:
         own = {name: stack.enter_context(make()) for name, make in _agents(site, llm).items()}
