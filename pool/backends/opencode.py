@@ -64,6 +64,7 @@ class OpencodeBackend(AgentBackend):
         self._session_id = ""
         self._ignore: Callable[[], None] = lambda: None  # listens to the server no more
         self._detaching: asyncio.Future[None] | None = None
+        self._earlier: frozenset[str] = frozenset()  # messages of the last turn
         self._asked: dict[str, asyncio.Task[None]] = {}  # permissions that wait for our answer
 
     # -- life
@@ -198,19 +199,22 @@ class OpencodeBackend(AgentBackend):
     async def _prompt(self, text: str, collector: Collector) -> str:
         if self._events is None or not self._session_id:
             raise ConfigError("call ensure_session before prompt")
-        events = TurnEvents(collector, lambda *asked: self._answer(collector, *asked))
         stream, breaks = self._events, self._events.breaks
+        events = TurnEvents(collector, lambda *asked: self._answer(collector, *asked), self._earlier)
+        complete = False
         try:
             with self._server.turn(self._session_id, events):
                 body = {"parts": [{"type": "text", "text": text}]}
-                answer = await self._request("POST", f"/session/{self._session_id}/message", json=body, timeout=None)
+                path = f"/session/{self._session_id}/message"
+                answer = await self._request("POST", path, json=body, timeout=None) or {}
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_TRAILING):
-                        await events.idle.wait()
+                        complete = await events.complete(_text([answer]))
         except BackendUnavailable as error:
             raise await self._died(error) from error
+        self._earlier = events.messages
         info = answer.get("info") or {}
-        if stream.breaks != breaks or not events.idle.is_set():
+        if not complete or stream.breaks != breaks:
             collector.replace_text(await self._texts(info))
         collector.usage = _usage(info)
         return self._stop_reason(info)
@@ -231,8 +235,7 @@ class OpencodeBackend(AgentBackend):
         """What the agent has said in the turn, asked for again because events are missing."""
         path = f"/session/{self._session_id}/message"
         messages = await self._request("GET", f"{path}?limit={_LAST_MESSAGES}")
-        said = [m for m in messages if m["info"].get("parentID") == info.get("parentID")]
-        return "".join(part["text"] for m in said for part in m["parts"] if part["type"] == "text")
+        return _text([m for m in messages if m["info"].get("parentID") == info.get("parentID")])
 
     async def _died(self, error: BackendUnavailable) -> Exception:
         server = self._server
@@ -278,6 +281,11 @@ class OpencodeBackend(AgentBackend):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.agent!r} of {self.chat!r} {self.status}>"
+
+
+def _text(messages: list[dict[str, Any]]) -> str:
+    """What the agent says in messages."""
+    return "".join(part["text"] for message in messages for part in message.get("parts", ()) if part["type"] == "text")
 
 
 def _usage(info: dict[str, Any]) -> dict[str, Any] | None:

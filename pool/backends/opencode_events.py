@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from time import monotonic
 from typing import Any
 
@@ -107,22 +107,47 @@ class EventStream:
 
 
 class TurnEvents:
-    """Reads the events of one turn into *collector*; ``on_permission(id, kind, title)`` is called for each request."""
+    """Reads the events of one turn into *collector*; ``on_permission(id, kind, title)`` is called for each request.
 
-    def __init__(self, collector: Collector, on_permission: Callable[[str, str, str], None]) -> None:
+    *earlier*: messages of the turn before, of which something may still come.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        on_permission: Callable[[str, str, str], None],
+        earlier: Container[str] = (),
+    ) -> None:
         self._collector = collector
+        self._earlier = earlier
+        self._news = asyncio.Event()
         self._on_permission = on_permission
         self._roles: dict[str, str] = {}  # message -> user or assistant
         self._texts: dict[str, str] = {}  # part of a message of the assistant -> how much of it was reported
         self._thoughts: set[str] = set()
-        self.idle = asyncio.Event()
+        self._idle = False
+
+    @property
+    def messages(self) -> frozenset[str]:
+        """Ids of the messages of this turn."""
+        return frozenset(self._roles)
+
+    async def complete(self, text: str) -> bool:
+        """Wait until *text*, the end of the agent's answer, was reported. False: the turn is over, and it was not."""
+        while not self._idle and not (text and self._collector.text.endswith(text)):
+            self._news.clear()
+            await self._news.wait()
+        return self._collector.text.endswith(text)
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Take one event."""
+        self._news.set()
         properties = event["properties"]
         kind = event.get("type")
         if kind == "message.updated":
             info = properties["info"]
+            if info["id"] in self._earlier:
+                return
             self._roles[info["id"]] = info["role"]
         elif kind == "message.part.updated":
             self._part(properties["part"])
@@ -132,7 +157,7 @@ class TurnEvents:
             name = str(properties.get("permission", ""))
             self._on_permission(str(properties["id"]), KINDS.get(name, "other"), _about(properties) or name)
         elif kind == "session.idle" and "assistant" in self._roles.values():
-            self.idle.set()
+            self._idle = True
 
     def _part(self, part: dict[str, Any]) -> None:
         if self._roles.get(part.get("messageID", "")) != "assistant":

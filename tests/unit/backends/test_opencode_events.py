@@ -61,11 +61,11 @@ class Reader:
 class Listener:
     """`TurnEvents`, and all that came of them."""
 
-    def __init__(self):
+    def __init__(self, earlier=()):
         self.reader = Reader()
         self.collector = Collector(self.reader)
         self.asked = []
-        self.events = TurnEvents(self.collector, lambda *asked: self.asked.append(asked))
+        self.events = TurnEvents(self.collector, lambda *asked: self.asked.append(asked), earlier)
 
     def hear(self, *events):
         for each in events:
@@ -73,7 +73,7 @@ class Listener:
 
     @property
     def idle(self):
-        return self.events.idle.is_set()
+        return self.events._idle
 
     def updates(self, kind):
         return [update for update in self.reader.updates if update["type"] == kind]
@@ -105,6 +105,36 @@ def test_what_belongs_to_no_known_message_is_nobodys(turn):
     """Of an earlier turn, or of another client."""
     turn.hear(delta("prt_x", "msg_x", "old"), part("prt_x", "msg_x", "old"), tool("running", message="msg_x"))
     assert turn.reader.updates == []
+
+
+def test_what_trails_from_the_turn_before_is_not_said_again(turn):
+    """Its last part comes once more as a whole, and its idle, after the next turn has begun."""
+    after = Listener(turn.events.messages)
+    after.hear(message("assistant", "msg_a"), part("prt_a", "msg_a", "old"), event("session.idle"))
+    assert (after.collector.text, after.idle) == ("", False)
+    after.hear(message("assistant", "msg_b"), part("prt_b", "msg_b", "new"))
+    assert after.collector.text == "new"
+
+
+def test_an_answer_is_complete_when_its_text_was_reported(turn):
+    """Whether the server says idle by then or not; an idle without the text means that pieces are missing."""
+
+    async def main():
+        waiting = asyncio.ensure_future(turn.events.complete("all of it"))
+        for text in ("here: all", " of it"):
+            assert not waiting.done()
+            turn.hear(delta("prt_a", "msg_a", text))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert waiting.done() and waiting.result()
+        silent = asyncio.ensure_future(turn.events.complete(""))
+        await asyncio.sleep(0)
+        assert not silent.done()
+        turn.hear(event("session.idle"))
+        assert await silent
+        assert not await turn.events.complete("never said")
+
+    asyncio.run(main())
 
 
 def test_text_that_comes_in_pieces_is_passed_on_in_pieces(turn):
