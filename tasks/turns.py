@@ -6,10 +6,17 @@ from typing import Any
 
 from celery import shared_task
 
-from pool import CHAT_LANE, PooledTask, TurnFailed, check_prompt
+from pool import CHAT_LANE, ConfigError, InvalidKey, PooledTask, TurnFailed, check_prompt
 
 
-@shared_task(base=PooledTask, bind=True, key="chat_id", lane=CHAT_LANE, retry_exhausted=True, throws=(TurnFailed,))
+@shared_task(
+    base=PooledTask,
+    bind=True,
+    key="chat_id",
+    lane=CHAT_LANE,
+    retry_exhausted=True,
+    throws=(TurnFailed, ConfigError, InvalidKey),
+)
 def run_turn(
     self: PooledTask, chat_id: str, agent: str, prompt: str, *, timeout: float | None = None
 ) -> dict[str, Any]:
