@@ -1,6 +1,7 @@
 """A warm turn through Celery, ``run_turn.delay(...).get()``, against the same agent's own warm prompt."""
 
 import asyncio
+import random
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,11 +12,11 @@ from typing import Any
 
 from benchmarks.agent_site import TURN_TIMEOUT, AgentSite, agent_site, fake_llm
 from benchmarks.fleet import percentile
-from benchmarks.harness import Report, interleaved, p50, pong, ratio, spread
+from benchmarks.harness import Report, p50, pong, ratio, spread
 from pool.demo.real_agents import CodexHome, OpencodeHome, find_binary
 
 FACTOR, EXTRA = 1.2, 10.0  # a turn through Celery may take this many times the agent's own, and ms more
-SETTLE = 0.03  # seconds before each prompt: agents clear up after the last one
+SETTLE = 0.2  # seconds before each prompt: agents clear up after the last one
 PROMPT = "!slow 0 hello"  # answered with "hello" however much was said before
 
 Ask = Callable[[], Any]
@@ -35,7 +36,7 @@ def measure(*, quick: bool) -> Report:
         for ask in contestants.values():
             for _ in range(5):
                 ask()
-        told = interleaved({name: _timed(ask) for name, ask in contestants.items()}, rounds)
+        told = _shuffled(contestants, rounds)
     report.raw["ms"] = told
     for name in own:
         _add(report, name, told[f"{name}, its own prompt"], told[f"{name}, through Celery"])
@@ -57,14 +58,17 @@ def _add(report: Report, name: str, own: list[float], celery: list[float]) -> No
     report.add("... difference within a round", p50([c - o for c, o in zip(celery, own, strict=True)]), "ms")
 
 
-def _timed(ask: Ask) -> Callable[[], float]:
-    def timed() -> float:
-        sleep(SETTLE)
-        started = perf_counter()
-        ask()
-        return 1e3 * (perf_counter() - started)
-
-    return timed
+def _shuffled(contestants: Mapping[str, Ask], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each; in another order each round, for an agent is still busy when it has answered."""
+    told: dict[str, list[float]] = {name: [] for name in contestants}
+    chance = random.Random(5)
+    for _ in range(rounds):
+        for name in chance.sample(list(contestants), len(contestants)):
+            sleep(SETTLE)
+            started = perf_counter()
+            contestants[name]()
+            told[name].append(1e3 * (perf_counter() - started))
+    return told
 
 
 def _through_celery(site: AgentSite, name: str) -> Ask:
