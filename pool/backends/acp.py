@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_WEIGH_AGAIN = 10.0
+"""Seconds until its memory is looked at again: that reads about every process of the machine."""
 MAX_LINE = 8 << 20
 """Bytes of one message of an agent at most."""
 
@@ -80,6 +82,7 @@ class AcpBackend(AgentBackend):
         self._connection: Any = None
         self._hello: Any = None
         self._session_id = ""
+        self._weighed_at = 0.0
 
     # -- life
 
@@ -156,8 +159,10 @@ class AcpBackend(AgentBackend):
         if self._process is None or self.site.lost:
             raise BackendUnavailable(f"agent {self.command[0]!r} is gone", "lost", 0.0)
 
-    async def tick_health(self, now: float) -> None:  # noqa: ARG002
-        await self._weigh()
+    async def tick_health(self, now: float) -> None:
+        if now - self._weighed_at >= _WEIGH_AGAIN:  # sweeps come more often
+            self._weighed_at = now
+            await self._weigh()
 
     async def _weigh(self) -> None:
         pid = self._process.local_pid if self._process is not None else None

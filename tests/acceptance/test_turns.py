@@ -15,6 +15,8 @@ from tests.support.cluster import QUICK
 from tests.support.site import RESULT_TIMEOUT, Producer, Site, echo_hosts
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.timeout(300)  # an agent starts in a second, or in ten on a busy machine
+
 
 @pytest.fixture(scope="module")
 def hosts(site: Site) -> str:
@@ -232,3 +234,17 @@ def test_many_chats_share_a_few_places_for_agents(site, start: Callable[..., Wor
             got = result.get(timeout=1)
             assert got["text"] == f"turn {n + 1}: round {n}; earlier: [{'round 0' if n else ''}]"
     assert most <= limit
+
+
+@pytest.mark.parametrize("execution", ["prefork", "solo"])
+def test_turns_work_in_every_execution_pool(execution, site, start, turn, turned, key, producer, records):
+    """The agent lives in the process that runs the tasks; a cancel reaches it there although that process is busy."""
+    start("a", env={"POOL_EXECUTION": execution})
+    first, second = turned(key, "hello"), turned(key, "again")
+    assert (second["warm"], second["pid"]) == (True, first["pid"])
+    result = turn(key, "/slow 100 on and on")
+    wait_until(lambda: records.records(key)[0].turn == result.id, "the turn runs")
+    assert producer.app.tasks["pool.cancel_turn"](key)["cancelled"] == [result.id]
+    assert result.get(timeout=RESULT_TIMEOUT)["stop_reason"] == "cancelled"
+    producer.app.tasks["pool.close_chat"].delay(key).get(timeout=RESULT_TIMEOUT)
+    assert not agents_of(site)
