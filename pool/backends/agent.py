@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 MAX_PROMPT = 4 << 20
 """Bytes of a prompt at most, as UTF-8."""
 
+_ASK_AGAIN = 0.5
+"""Seconds until an agent that goes on is asked again to end its turn."""
 _TAIL = 2000
 
 
@@ -182,8 +184,9 @@ class AgentBackend(Backend):
         """Have the agent end its turn, or end the agent; returns the stop reason when nothing works any more."""
         try:
             async with asyncio.timeout(self.cancel_timeout):
-                await self._cancel()
-                return await asyncio.shield(working)
+                while not working.done():  # an agent that has hardly heard the prompt can miss the first time
+                    await self._cancel()
+                    await asyncio.wait({working}, timeout=_ASK_AGAIN)
         except TimeoutError:
             if not working.done():
                 logger.warning("%r did not end its turn within %g s: it is ended", self, self.cancel_timeout)
@@ -194,7 +197,12 @@ class AgentBackend(Backend):
             logger.info("%r, asked to end its turn: %s", self, error)
         if not working.done():
             await self._give_up(working)
-        return "cancelled" if working.cancelled() or working.exception() else working.result()
+        if working.cancelled():
+            return "cancelled"
+        if failed := working.exception():
+            logger.info("%r, asked to end its turn: %s", self, failed)
+            return "cancelled"
+        return working.result()
 
     async def _give_up(self, working: "asyncio.Future[str]") -> None:
         """End the agent; it would work on outside of any turn."""

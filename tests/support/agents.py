@@ -33,6 +33,7 @@ class AgentFarm:
         self.opens, self.prompts, self.cancels = Gate(), Gate(), Gate()
         self.errors: dict[str, BaseException] = {}
         self.obeys = True
+        self.misses = 0  # cancels that are not heard
         """Whether a turn ends when it is cancelled."""
         self.says: list[str] = []
         self.kept: set[str] = set()
@@ -118,7 +119,7 @@ class FakeAgent(AgentBackend):
     async def _cancel(self) -> None:
         self.farm.write("cancel", self.chat)
         await self.farm.cancels.passed()
-        self.cancelled = True
+        self.cancelled = len(self.farm.did("cancel")) > self.farm.misses
 
     async def _close_session(self, chat: Chat) -> None:
         self.farm.write("close_session", chat.chat, chat.session_id)

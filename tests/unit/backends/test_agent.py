@@ -118,6 +118,17 @@ def test_an_agent_that_obeys_ends_its_turn_and_stays(agent):
     assert at_rest(agent)
 
 
+def test_an_agent_that_misses_a_cancel_is_asked_again(agent, monkeypatch):
+    """It came before the agent had taken up the prompt."""
+    monkeypatch.setattr("pool.backends.agent._ASK_AGAIN", 0.01)
+    agent.farm.misses = 2
+    turn = begun(agent)
+    agent.cancel()
+    assert turn.result().stop_reason == "cancelled"
+    assert agent.farm.did("cancel") == ["cancel"] * 3
+    assert agent.usable
+
+
 def test_an_agent_that_does_not_obey_is_ended(farm, caplog):
     """After its time: the turn returns, and the pool makes another agent."""
     agent = connected(farm, cancel_timeout=0.05)
