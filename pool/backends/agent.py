@@ -162,7 +162,8 @@ class AgentBackend(Backend):
             stop_reason = await self._stop(working)
             self._refuse_closed()
             if asked.is_set():
-                return collector.turn(stop_reason)
+                silent = stop_reason == "end_turn" and not collector.text  # so opencode ends what had hardly begun
+                return collector.turn("cancelled" if silent else stop_reason)
         except asyncio.CancelledError:
             if not was_cancelled():  # let out by what the prompt awaited
                 self._refuse_closed()

@@ -118,6 +118,18 @@ def test_an_agent_that_obeys_ends_its_turn_and_stays(agent):
     assert at_rest(agent)
 
 
+def test_a_turn_that_ends_without_a_word_after_a_cancel_was_cancelled(agent):
+    """Whatever the agent calls it."""
+    agent.farm.says, agent.farm.obeys = [], False
+    agent.farm.cancels.shut()
+    turn = begun(agent)
+    agent.cancel()
+    wait_until(lambda: agent.farm.did("cancel"), "the agent is being asked")
+    agent.farm.prompts.open()
+    agent.farm.cancels.open()
+    assert turn.result().stop_reason == "cancelled"
+
+
 def test_an_agent_that_misses_a_cancel_is_asked_again(agent, monkeypatch):
     """It came before the agent had taken up the prompt."""
     monkeypatch.setattr("pool.backends.agent._ASK_AGAIN", 0.01)
