@@ -120,6 +120,14 @@ def test_a_line_that_is_too_long_is_the_end(cut):
         assert made.ends == [1]
 
 
+def test_a_line_that_never_ends_is_the_end_before_it_fills_the_memory():
+    """No newline is waited for."""
+    made = transport(*[b"x" * 100] * 50)
+    assert messages(made) == []
+    assert made.fault == "it wrote a line of more than 1000 bytes"
+    assert len(made._process.chunks) == 50 - 11
+
+
 def test_a_line_of_just_the_length_is_heard():
     """The bound itself is inside."""
     data = line(id=1, result="x" * 100)

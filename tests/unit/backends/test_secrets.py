@@ -64,6 +64,7 @@ def test_a_file_that_is_no_text_is_refused_and_not_shown(tmp_path):
     (tmp_path / "token").write_bytes(b"\xff\xfesecret")
     with pytest.raises(ConfigError, match="not UTF-8") as caught:
         read_secret("A", {"file": str(tmp_path / "token")})
+    assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
 
 
