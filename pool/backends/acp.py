@@ -78,6 +78,7 @@ class AcpBackend(AgentBackend):
         self._max_line = max_line
         self._process: PipedProcess | None = None
         self._transport: LineTransport | None = None
+        self._sdk: Any = None
         self._client: Any = None
         self._connection: Any = None
         self._hello: Any = None
@@ -92,7 +93,7 @@ class AcpBackend(AgentBackend):
 
     async def _start(self) -> None:
         """Start the process and say hello."""
-        sdk = await _sdk()
+        self._sdk = sdk = await _sdk()
         env = {**self._env, **read_secrets(self._secrets)}
         self._process = process = await self.site.folder.astart(self.command, env=env)
         self._transport = LineTransport(process, self._max_line, self._follower_is_full, self._lost)
@@ -276,7 +277,7 @@ class AcpBackend(AgentBackend):
     # -- a turn
 
     async def _prompt(self, text: str, collector: Collector) -> str:
-        sdk = await _sdk()
+        sdk = self._sdk
         client, connection, process = self._client, self._connection, self._process
         if connection is None or process is None or not self._session_id:
             raise ConfigError("call ensure_session before prompt")
