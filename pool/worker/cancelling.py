@@ -47,6 +47,7 @@ class CancelWatch:
 
     async def _look(self) -> None:
         while True:
+            await asyncio.sleep(INTERVAL)  # first: a short turn costs no look
             with self._lock:
                 turns = dict(self._turns)
                 if not turns:
@@ -58,4 +59,3 @@ class CancelWatch:
                     await self._cancel(turn)
             except Exception as error:
                 logger.warning("looking for turns to cancel: %s", error)
-            await asyncio.sleep(INTERVAL)
