@@ -47,7 +47,7 @@ class CancelWatch:
 
     async def _look(self) -> None:
         while True:
-            await asyncio.sleep(INTERVAL)  # first: most turns that are cancelled run for longer than that
+            await asyncio.sleep(INTERVAL)  # first: a short turn costs no look
             with self._lock:
                 turns = dict(self._turns)
                 if not turns:

@@ -1,6 +1,6 @@
 """codex-acp and opencode through Celery: whatever happens between two turns, the next one continues the session.
 
-``POOL_TEST_ROUNDS``: how often each thing happens to each agent (2).
+``POOL_TEST_ROUNDS``: how often each thing happens to each agent (once unless told otherwise).
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.support.real_agents import codex_home, opencode_home
 from tests.support.site import RESULT_TIMEOUT, Producer, Site
 from tests.support.waiting import wait_until
 
-ROUNDS = int(os.environ.get("POOL_TEST_ROUNDS") or 2)
+ROUNDS = int(os.environ.get("POOL_TEST_ROUNDS") or 1)
 AGENTS = ("codex", "opencode")
 HANDOFF_TIMEOUT = 60.0
 
