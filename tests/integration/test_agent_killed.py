@@ -88,7 +88,7 @@ def test_what_outlives_worker_and_shell_is_swept(rig):
     """And nothing else: neither what carries no mark, nor what belongs to a worker that lives, nor strangers' things."""
     mine = rig.ready()  # of a live owner: this process
     machine, pid, start = owner().rsplit(".", 2)
-    marks = ["", "nonsense", f"other-{machine}.1.{start}.ab", f"{machine}.{pid}.{start}.ab", f"{machine}.x.{start}.ab"]
+    marks = ["", "nonsense", f"0-{machine}.1.{start}.ab", f"{machine}.{pid}.{start}.ab", f"{machine}.x.{start}.ab"]
     others = [
         subprocess.Popen(["sleep", "1000"], env={**os.environ, **({MARK: mark} if mark else {})}) for mark in marks
     ]

@@ -108,7 +108,7 @@ def test_what_heeds_term_gets_the_chance(start, tmp_path):
         "nonsense",
         DEAD.removesuffix(".0123456789abcdef"),
         DEAD + ".more",
-        "other-{machine}.{pid}.1.0123456789abcdef",
+        "0-{machine}.{pid}.1.0123456789abcdef",
         "{machine}.0x1.1.0123456789abcdef",
         "{machine}.{pid}.-1.0123456789abcdef",
         f"{owner().replace('{', '')}.0123456789abcdef",
