@@ -221,13 +221,10 @@ class OpencodeBackend(AgentBackend):
 
     def _stop_reason(self, info: dict[str, Any]) -> str:
         error = info.get("error")
-        asked = self._cancel_asked is not None and self._cancel_asked.is_set()
         if error and error.get("name") != "MessageAbortedError":
             detail = (error.get("data") or {}).get("message") or error
             raise TurnFailed(f"opencode: {error.get('name')}: {detail}", "refused")
-        if error or (asked and not info.get("finish")):
-            return "cancelled"
-        if not info.get("finish"):  # aborted by somebody else
+        if error or not info.get("finish"):  # an abort during a retry leaves neither
             return "cancelled"
         return _STOP_REASONS.get(str(info["finish"]), "end_turn")
 

@@ -235,10 +235,8 @@ def test_a_server_that_makes_progress_is_not_ended(rig, pool, monkeypatch):
         pool.sweep()
         probed.append(server.usable)
 
-    threads: list[threading.Thread] = []
     rig.turn(pool, "busy", "!slow 2 a b c d e f g", on_update=look)
     assert len(probed) >= 7 and all(probed)
-    assert not threads
 
 
 def test_a_server_elsewhere_is_used_with_its_password(rig, pool, tmp_path):
