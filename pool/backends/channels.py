@@ -110,7 +110,8 @@ class Channels:
                     return result
                 self._freed.clear()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._freed.wait(), _REFUSED_PAUSE)
+                    async with asyncio.timeout(_REFUSED_PAUSE):  # `wait_for` of Python 3.11 can swallow a cancel
+                        await self._freed.wait()
         except BaseException:
             self._give_back()
             raise

@@ -88,6 +88,30 @@ def test_a_refused_channel_is_asked_for_again_when_another_one_ends():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_a_cancel_in_the_moment_a_refused_channel_may_be_asked_for_again(turns):
+    """However many turns of the loop lie between the two: the cancel stays a cancel, and the slot is free again."""
+
+    async def main():
+        channels, server = Channels(2), Server(1)
+        await channels.granted(ALIVE, server.open)
+        refused = asyncio.create_task(channels.granted(ALIVE, server.open))
+        while not server.refusals:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        channels.closed()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        refused.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await refused
+        server.free += 2
+        for _ in range(2):
+            await asyncio.wait_for(channels.granted(ALIVE, server.open), 10)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("lasting", [False, True])
 def test_a_server_that_refuses_although_nothing_can_end_is_an_error(lasting, monkeypatch):
     """Nothing is open, or only what lasts as long as the connection: waiting cannot help."""
