@@ -1,0 +1,51 @@
+"""What a pool tells of while it works: steps in the lives of its backends, and how long things took."""
+
+import logging
+from typing import Literal, NamedTuple
+
+logger = logging.getLogger("pool.steps")
+
+StepName = Literal["created", "failed", "evicted", "retired", "closed"]
+
+
+class Step(NamedTuple):
+    """One step in the life of a backend. A documented interface: names stay."""
+
+    what: StepName
+    """``created``: connected, for the first time; ``failed``: could not be connected; ``evicted``: idle for too long, or
+    the least recently used of a full pool; ``retired``: takes nobody new, closed when its users are done; ``closed``:
+    gone."""
+    key: str
+    """``(none)`` for a backend without a key, ``(shared)`` for one that many keys share."""
+    agent: str
+    kind: str
+    """Of backend (``ssh``, ``local``, ...); "" as long as there is none."""
+    reason: str = ""
+    """failed: as `BackendUnavailable.reason`; evicted: ``idle`` or ``lru``; retired: ``config``, ``lost``,
+    ``lifetime`` or ``key_closed``; closed: why it left the pool, which besides these may be ``released`` (it had no
+    key), ``expelled`` (its shard was lost) or ``shutdown``."""
+    seconds: float = 0.0
+    """created, failed: what the connect took; evicted: for how long it was idle; else since it was connected."""
+
+
+class Observer:
+    """Hears of everything that a pool does; this one writes the steps to the log ``pool.steps``.
+
+    Methods are called on any thread, with no lock held, and must not block. What they raise is logged and forgotten.
+    """
+
+    def step(self, step: Step) -> None:
+        """A backend took a step."""
+        logger.info("backend %s: %s", step.what, " ".join(f"{k}={v}" for k, v in step._asdict().items() if k != "what"))
+
+    def acquired(self, key: str, agent: str, seconds: float, *, warm: bool, error: str = "") -> None:
+        """An acquire ended after *seconds*; *error*: the name of the class of what it raised."""
+
+    def connected(self, key: str, agent: str, kind: str, seconds: float, error: str = "") -> None:
+        """A connect ended; *error*: as `Step.reason`. Called in the acquiring context, for traces."""
+
+    def executed(self, kind: str, seconds: float, outcome: str) -> None:
+        """A command (or a turn of an agent) ended in the calling context.
+
+        *kind*: of backend. *outcome*: ``ok``, ``failed`` (exit code), or the name of the class of what was raised.
+        """
