@@ -14,6 +14,17 @@ EXECUTION_POOLS = ("threads", "prefork", "solo")
 MAX_SHARDS = 65536
 MAX_LEASE_TTL = 600.0
 
+_TIMES = (
+    "sweep_interval",
+    "close_interval",
+    "chat_ttl",
+    "lease_heartbeat",
+    "handoff_timeout",
+    "consumer_timeout",
+    "live_ttl",
+)
+"""Fields of `Settings` that are seconds, more than 0."""
+
 
 def check_number(name: str, value: Any, rule: str, *, above: float = 0.0, unit: str = "s") -> None:
     """Raise `ConfigError` naming field, value, unit and rule unless *value* is a number greater than *above*."""
@@ -157,6 +168,14 @@ class Settings:
     """Agents that may be starting at once in this node."""
     consumer_timeout: float = 1800.0
     """RabbitMQ only: seconds for which it lets a task keep its message (``consumer_timeout`` of the server)."""
+    live_output_mb: float = 4.0
+    """Megabytes (10^6 bytes) of each running task's output that Redis keeps for those who follow it; 0: none."""
+    live_ttl: float = 3600.0
+    """Seconds for which it is kept after the last of it came."""
+    metrics_port: int = 0
+    """Where each node serves ``/metrics`` for Prometheus; 0: nowhere."""
+    metrics_host: str = "127.0.0.1"
+    """The address of this machine on which it does."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.namespace):
@@ -178,9 +197,11 @@ class Settings:
                 " land in different processes. Use execution='threads', or start several nodes"
             )
         check_number("key_concurrency", self.key_concurrency, "must be a whole number, 1 or more", unit="tasks")
-        times = "sweep_interval", "close_interval", "chat_ttl", "lease_heartbeat", "handoff_timeout", "consumer_timeout"
-        for name in times:
+        for name in _TIMES:
             check_number(name, getattr(self, name), "must be more than 0")
+        check_number("live_output_mb", self.live_output_mb, "must be 0 or more", above=-1e-9, unit="MB")
+        if not isinstance(self.metrics_port, int) or not 0 <= self.metrics_port < 1 << 16:
+            raise ConfigError(f"metrics_port={self.metrics_port!r}: must be a port from 1 to 65535, or 0 for none")
         self._check_lease_ttl()
         self._check_agents()
 
@@ -256,6 +277,10 @@ class Settings:
             max_agents_mb=env.number("POOL_MAX_AGENTS_MB", None, "a number of megabytes"),
             agent_starts=env.integer("POOL_AGENT_STARTS", 2),
             consumer_timeout=env.seconds("POOL_CONSUMER_TIMEOUT", 1800.0),
+            live_output_mb=env.number("POOL_LIVE_OUTPUT_MB", 4.0, "a number of megabytes"),
+            live_ttl=env.seconds("POOL_LIVE_TTL", 3600.0),
+            metrics_port=env.integer("POOL_METRICS_PORT", 0),
+            metrics_host=env.text("POOL_METRICS_HOST") or "127.0.0.1",
             pool=pool,
         )
         return settings

@@ -12,9 +12,8 @@ class Step(NamedTuple):
     """One step in the life of a backend. A documented interface: names stay."""
 
     what: StepName
-    """``created``: connected, for the first time; ``failed``: could not be connected; ``evicted``: idle for too long, or
-    the least recently used of a full pool; ``retired``: takes nobody new, closed when its users are done; ``closed``:
-    gone."""
+    """``created``: it is connected; ``failed``: it could not be; ``evicted``: idle for too long, or the least recently
+    used of a full pool; ``retired``: takes nobody new, is closed when its users are done; ``closed``: gone."""
     key: str
     """``(none)`` for a backend without a key, ``(shared)`` for one that many keys share."""
     agent: str
