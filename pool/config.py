@@ -199,11 +199,14 @@ class Settings:
         check_number("key_concurrency", self.key_concurrency, "must be a whole number, 1 or more", unit="tasks")
         for name in _TIMES:
             check_number(name, getattr(self, name), "must be more than 0")
+        self._check_observation()
+        self._check_lease_ttl()
+        self._check_agents()
+
+    def _check_observation(self) -> None:
         check_number("live_output_mb", self.live_output_mb, "must be 0 or more", above=-1e-9, unit="MB")
         if not isinstance(self.metrics_port, int) or not 0 <= self.metrics_port < 1 << 16:
             raise ConfigError(f"metrics_port={self.metrics_port!r}: must be a port from 1 to 65535, or 0 for none")
-        self._check_lease_ttl()
-        self._check_agents()
 
     def _check_agents(self) -> None:
         for name in ("max_agents", "agent_starts"):
