@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from pool.observer import StepName
+
 
 @dataclass
 class Counters:
@@ -16,10 +18,20 @@ class Counters:
     closed: int = 0
     failures: dict[str, int] = field(default_factory=dict)
 
-    def count_failure(self, reason: str) -> None:
-        """A connect failed."""
-        self.connect_failures += 1
-        self.failures[reason] = self.failures.get(reason, 0) + 1
+    def count(self, what: StepName, reason: str) -> None:
+        """A backend took a step."""
+        if what == "created":
+            self.connects += 1
+        elif what == "failed":
+            self.connect_failures += 1
+            self.failures[reason] = self.failures.get(reason, 0) + 1
+        elif what == "evicted":
+            self.evicted_idle += reason == "idle"
+            self.evicted_lru += reason == "lru"
+        elif what == "retired":
+            self.retired += 1
+        else:
+            self.closed += 1
 
 
 @dataclass(frozen=True)

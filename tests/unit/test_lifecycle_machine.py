@@ -305,14 +305,14 @@ class LifecycleMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.now > 100)
     @rule()
     def shutdown(self) -> None:
-        self.decide(self.life.shutdown)
+        self.decide(self.life.shutdown, self.now)
         assert not self.waiting
 
     @precondition(lambda self: self.life.shut)
     @rule()
     def close_rest(self) -> None:
         self.forced = True
-        self.decide(self.life.close_rest)
+        self.decide(self.life.close_rest, self.now)
         self.forced = False
 
     # -- what holds after every event
@@ -389,8 +389,8 @@ class LifecycleMachine(RuleBasedStateMachine):
             return
         while self.held:
             self.release(0)
-        self.decide(self.life.shutdown)
-        self.decide(self.life.close_rest)
+        self.decide(self.life.shutdown, self.now)
+        self.decide(self.life.close_rest, self.now)
         while self.connecting:
             self.connect_ends(0, "good", None)
         while self.closing:
