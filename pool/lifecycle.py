@@ -15,12 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 from pool.config import PoolConfig
-from pool.entry import Close, Connect, Effects, Entry, Event, Identity, Tell, Waiter, Wake, says_busy
+from pool.entry import Close, Connect, Effects, Entry, Event, Identity, Waiter, Wake, says_busy
 from pool.errors import BackendClosed, BackendUnavailable, PoolError
 from pool.failures import FailureMemory, came_too_late, for_each_waiter
 from pool.groups import Groups, Limit
 from pool.invariants import check
-from pool.observer import StepName
 from pool.room import Room, send_away
 from pool.stats import Counters
 
@@ -150,7 +149,7 @@ class Lifecycle:
                 effects[:] = [effect for effect in effects if effect is not close]
                 self.groups.count_closing(close.entry.group, -1)
             else:
-                self._tell("evicted", close.entry, "lru", now - close.entry.idle_since, effects)
+                self.counters.tell("evicted", close.entry, "lru", now - close.entry.idle_since, effects)
                 self._drop(close.entry)
         self.groups.displace(entry, [close.entry.group for close in leaving])
 
@@ -277,11 +276,12 @@ class Lifecycle:
         if backend is not entry.backend:
             for waiter in entry.waiters:
                 waiter.warm = False
+            self.counters.tell_lost(entry, now, effects)
             entry.backend = backend
             entry.expires = now + self.config.lifetime(self._jitter())
             entry.max_users = backend.capabilities.max_users
             entry.born = now
-            self._tell("created", entry, "", now - entry.began, effects)
+            self.counters.tell("created", entry, "", now - entry.began, effects)
         self.failed.forget(entry.identity)
         entry.apply("connected")
         if entry.state == "idle":
@@ -301,7 +301,8 @@ class Lifecycle:
             return
         self._drop(entry, "failed")
         reason = error.reason if isinstance(error, BackendUnavailable) else type(error).__name__
-        self._tell("failed", entry, reason, now - entry.began, effects)
+        self.counters.tell_lost(entry, now, effects)
+        self.counters.tell("failed", entry, reason, now - entry.began, effects)
         if entry.pooled and isinstance(error, BackendUnavailable):
             error = self.failed.remember(entry.identity, entry.config, error, now, self.config)
         for waiter in entry.waiters:
@@ -317,6 +318,7 @@ class Lifecycle:
             self.gone(entry, now, effects)
             return
         self._drop(entry, "failed")
+        self.counters.tell_lost(entry, now, effects)
         self.room.send_ahead(entry.waiters)
         entry.waiters.clear()
         self._fill_room(now, effects)
@@ -330,7 +332,7 @@ class Lifecycle:
 
     def _retire(self, entry: Entry, reason: str, now: float, effects: Effects) -> None:
         """Nobody new: close it now if nobody uses it, else at the last release."""
-        self._tell("retired", entry, reason, now - entry.born, effects)
+        self.counters.tell("retired", entry, reason, now - entry.born, effects)
         if entry.state == "idle":
             self._close(entry, reason, now, effects)
             return
@@ -349,13 +351,9 @@ class Lifecycle:
             del self.entries[entry.identity]
         self.groups.discard(entry)
 
-    def _tell(self, what: StepName, entry: Entry, reason: str, seconds: float, effects: Effects) -> None:
-        self.counters.count(what, reason)
-        effects.append(Tell(what, entry.identity, entry.pooled, entry.backend, reason, seconds))
-
     def _close(self, entry: Entry, reason: str | None, now: float, effects: Effects) -> None:
         if reason is not None:  # else it was told already
-            self._tell("closed", entry, reason, now - entry.born, effects)
+            self.counters.tell("closed", entry, reason, now - entry.born, effects)
         self._drop(entry)
         self.groups.count_closing(entry.group, 1)
         if not entry.preparing:  # else `connected` or `connect_failed` will close what has come of it
@@ -388,7 +386,7 @@ class Lifecycle:
                 self.touch(entry, now)
                 continue
             idle = now - entry.idle_since
-            self._tell("evicted", entry, "idle" if idle >= self.config.idle_timeout else "lru", idle, effects)
+            self.counters.tell("evicted", entry, "idle" if idle >= self.config.idle_timeout else "lru", idle, effects)
             self._close(entry, None, now, effects)
             evicted.append(entry.identity)
         self.failed.prune(now, self.config.backoff_max)
