@@ -20,6 +20,7 @@ from pool.errors import (
     PathEscapeError,
     PoolError,
     PoolExhausted,
+    TaskCancelled,
     TurnFailed,
     TurnTimeout,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "RemoteFilesystemBackend",
     "ScopedBackend",
     "Settings",
+    "TaskCancelled",
     "Turn",
     "TurnFailed",
     "TurnTimeout",

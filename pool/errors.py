@@ -11,6 +11,7 @@
     |-- CommandTimeout           the command ran into its timeout and was killed
     |-- TurnFailed               the agent refused the prompt, died or talked nonsense
     |   `-- TurnTimeout          the turn ran into its timeout and was cancelled
+    |-- TaskCancelled            somebody had the task ended
     |-- FileOperationFailed      also an OSError, with errno and filename
     |   `-- FileMissing          also a FileNotFoundError
     |-- PathEscapeError          a path would leave its root
@@ -40,6 +41,7 @@ __all__ = [
     "PathEscapeError",
     "PoolError",
     "PoolExhausted",
+    "TaskCancelled",
     "TurnFailed",
     "TurnTimeout",
 ]
@@ -133,6 +135,10 @@ class TurnTimeout(TurnFailed):
 
     ``tail``: the end of the text that had come.
     """
+
+
+class TaskCancelled(PoolError):
+    """The task was cancelled while it ran (``pool_cancel``); the message says why. Its backend stays warm."""
 
 
 class FileOperationFailed(PoolError, OSError):

@@ -8,7 +8,7 @@ from celery import shared_task
 from pool import CommandFailed, CommandTimeout, PooledTask
 
 
-@shared_task(base=PooledTask, bind=True, key="user_id", throws=(CommandFailed, CommandTimeout))
+@shared_task(base=PooledTask, bind=True, key="user_id", progress=True, throws=(CommandFailed, CommandTimeout))
 def run_build(
     self: PooledTask,
     user_id: str,

@@ -15,6 +15,7 @@ from pool import CHAT_LANE, ConfigError, InvalidKey, PooledTask, TurnFailed, che
     key="chat_id",
     lane=CHAT_LANE,
     retry_exhausted=True,
+    progress=True,
     throws=(TurnFailed, ConfigError, InvalidKey),
 )
 def run_turn(

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Coroutine, Iterable
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from redis.exceptions import RedisError
 
@@ -62,6 +62,21 @@ class Worker(Protocol):
         """End the worker: it must not take part."""
 
 
+class ShardStep(NamedTuple):
+    """Some shards came to this node or left it."""
+
+    what: Literal["taken", "received", "takeover", "handoff", "lost"]
+    """``taken``: nobody had them; ``received`` from a node that lives; ``takeover`` from a dead one; ``handoff``: given
+    to others; ``lost``: the leases ended, or may have."""
+    shards: tuple[int, ...]
+    epoch: int
+    """The highest of theirs."""
+    source: str
+    """The node they came from, if any."""
+    seconds: float
+    """Since the leases came, or, on the way out, since that began."""
+
+
 class Coordinator:
     """One node's part in sharing out the shards. Its methods run on one event loop; the thread-safe ones say so."""
 
@@ -75,6 +90,10 @@ class Coordinator:
         self._talking: asyncio.Task[None] | None = None
         self._listener: asyncio.Task[None]
         self._told_outage = False
+        self.tell: Callable[[ShardStep], object] = lambda _: None
+        """Called with each step, on the loop; must not block."""
+        self.renewed = now()
+        """When the leases were renewed last, as `pool.sharding.ownership.now`."""
 
     # -- the main line
 
@@ -168,6 +187,7 @@ class Coordinator:
         # What has ended is dropped before trust is renewed.
         self._carry_out(self.machine.answered(request, answer, now()))
         self.ownership.trust(self.machine.trusted_until)
+        self.renewed = now()
         if answer.verdict in ("name", "shards"):
             self.worker.refuse(self._refusal(answer))
 
@@ -247,6 +267,9 @@ class Coordinator:
     async def _serve(self, tenancies: list[Tenancy]) -> None:
         logger.info("serving %s", _named(tenancies))
         await self.worker.consume([tenancy.shard for tenancy in tenancies])
+        for source in sorted({tenancy.source for tenancy in tenancies}):
+            came = [tenancy for tenancy in tenancies if tenancy.source == source]
+            self._tell(_ARRIVALS[source.how], came, now() - min(tenancy.born for tenancy in came))
 
     async def _stop(self, tenancies: list[Tenancy]) -> None:
         await self.worker.cancel([tenancy.shard for tenancy in tenancies])
@@ -256,6 +279,7 @@ class Coordinator:
         await self.worker.clear()
         await self._see_the_end([tenancy for tenancy in tenancies if "overdue" in tenancy.history])
         logger.info("handed over %s", _named(tenancies))
+        self._tell("handoff", tenancies, now() - min(tenancy.moved for tenancy in tenancies))
         self._happened("closed", tenancies)
 
     async def _see_the_end(self, overdue: list[Tenancy]) -> None:
@@ -272,7 +296,13 @@ class Coordinator:
         logger.warning("lost the leases of %s: ending what runs under them", _named(tenancies))
         shards = [tenancy.shard for tenancy in tenancies]
         await asyncio.gather(self.worker.clear(), self.worker.cancel(shards))
+        self._tell("lost", tenancies, now() - min(tenancy.since for tenancy in tenancies))
         self._happened("abandoned", tenancies)
+
+    def _tell(self, what: Any, tenancies: list[Tenancy], seconds: float) -> None:
+        shards = tuple(sorted(tenancy.shard for tenancy in tenancies))
+        epoch = max(tenancy.epoch for tenancy in tenancies)
+        self.tell(ShardStep(what, shards, epoch, tenancies[0].source.node, seconds))
 
     async def _rejoin(self) -> None:
         logger.warning("this node was taken for dead: it joins again")
@@ -307,6 +337,9 @@ class Coordinator:
         """Hand everything over and take nothing, or take part again."""
         self._carry_out(self.machine.drain(now()) if on else self.machine.undrain(now()))
         self._wake.set()
+
+
+_ARRIVALS = {"": "taken", "handed": "received", "dead": "takeover"}
 
 
 def _named(tenancies: list[Tenancy]) -> str:

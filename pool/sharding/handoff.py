@@ -28,6 +28,16 @@ MAY_RUN: frozenset[State] = frozenset({"serving", "stopping", "draining"})
 """States in which tasks of the shard may run."""
 
 
+class Source(NamedTuple):
+    """From whom a shard came: ``handed`` over by a node that lives, or that of a ``dead`` one; "": nobody had it."""
+
+    how: Literal["", "handed", "dead"]
+    node: str
+
+
+NOBODY = Source("", "")
+
+
 class IllegalTransition(RuntimeError):
     """A bug in this package: an event that the state does not know, with the shard's recent history."""
 
@@ -35,12 +45,15 @@ class IllegalTransition(RuntimeError):
 class Tenancy:
     """One stay of a shard at this node, under one epoch. A shard that comes back begins a new one."""
 
-    __slots__ = ("epoch", "history", "shard", "since", "state")
+    __slots__ = ("born", "epoch", "history", "moved", "shard", "since", "source", "state")
 
-    def __init__(self, shard: int, epoch: int, now: float) -> None:
+    def __init__(self, shard: int, epoch: int, now: float, source: Source = NOBODY) -> None:
         self.shard = shard
         self.epoch = epoch
-        self.since = now  # when the present state began, monotonic seconds
+        self.source = source
+        self.born = now  # monotonic seconds, like the next two
+        self.moved = now  # when its way out began
+        self.since = now  # when the present state began
         self.state: State = "restoring"
         self.history: deque[str] = deque(maxlen=12)
 
@@ -53,6 +66,8 @@ class Tenancy:
                 f"{event!r} in state {self.state!r} of {self!r}; before: {' '.join(self.history) or 'nothing'}"
             ) from None
         self.since = now
+        if event == "move":
+            self.moved = now
         self.history.append(event)
 
     def expects(self, event: Event) -> bool:

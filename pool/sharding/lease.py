@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from pool.sharding.handoff import (
     MAY_RUN,
+    NOBODY,
     Abandon,
     Beat,
     Close,
@@ -23,10 +24,11 @@ from pool.sharding.handoff import (
     Rejoin,
     Restore,
     Serve,
+    Source,
     Stop,
     Tenancy,
 )
-from pool.sharding.placement import assign
+from pool.sharding.placement import assign, by_rank
 
 NodeState = Literal["active", "draining", "bye"]
 Verdict = Literal["ok", "dead", "name", "shards"]
@@ -142,6 +144,7 @@ class LeaseMachine:
         self.trusted_until = NEVER
         self.next_request = NEVER
         self._mine: dict[int, int] = {}  # shard -> epoch, as the table says
+        self._sources: dict[int, Source] = {}  # of leases that were given to us and have no tenancy yet
         self._disowned: dict[int, int] = {}  # what a table that was set back says: there may have been later owners
         self._asserting = False
         self._last_sent = NEVER
@@ -229,6 +232,8 @@ class LeaseMachine:
         if answer.members is not None:
             self.members = dict(answer.members)
         for shard, lease in (answer.leases or {}).items():
+            if lease.owner == self.incarnation and self._mine.get(shard) != lease.epoch:
+                self._sources[shard] = self._source(self.leases.get(shard), answer.dead)
             self.leases[shard] = lease
             self._disowned.pop(shard, None)
             self.floor = max(self.floor, lease.epoch)
@@ -241,6 +246,13 @@ class LeaseMachine:
             self.dead += tuple(sorted(self._claimants_asked - self.members.keys() - {self.incarnation, *answer.dead}))
         if answer.members is not None or answer.leases:
             self._place()
+
+    def _source(self, before: Lease | None, dead: tuple[str, ...]) -> Source:
+        """From whom a lease came, as the last one that we know of its shard says."""
+        if before is None or before.owner in ("", self.incarnation):
+            return NOBODY
+        node = before.owner.rpartition("/")[0]
+        return Source("dead" if before.owner in dead else "handed", node)
 
     def _place(self) -> None:
         """Work out who should own what: the same on every node that has seen the same table."""
@@ -299,7 +311,7 @@ class LeaseMachine:
     def _begin(self, now: float) -> list[Instruction]:
         """Start a tenancy for each lease that the table says is ours; see to the dead, whose messages may be ours."""
         fresh = [
-            Tenancy(shard, epoch, now)
+            Tenancy(shard, epoch, now, self._sources.pop(shard, NOBODY))
             for shard, epoch in self._mine.items()
             if shard not in self.tenancies and shard not in self._disowned
         ]
@@ -423,6 +435,20 @@ class LeaseMachine:
             self.finished = True
             return []
         return [Beat()] if self.trusts(now) else []
+
+    def why(self, shard: int) -> str:
+        """Say for people where a shard should be, and why; from any thread."""
+        target, members = self.target, self.members
+        node = target.get(shard)
+        if node is None:
+            return "no node takes part"
+        names = sorted(member.node for member in members.values() if member.state == "active")
+        count = sum(1 for owner in target.values() if owner == node)
+        place = 1 + by_rank(shard, names).index(node) if node in names else 0
+        return (
+            f"it belongs to {node}: number {place} of {len(names)} nodes by rendezvous hash for this shard, with {count} of"
+            f" {self.shards} shards; an even share is {self.shards / max(1, len(names)):.4g}, and what is even stays"
+        )
 
     def check_invariants(self, now: float) -> None:
         """Raise AssertionError when the state contradicts itself; tests call it after every event."""

@@ -108,6 +108,11 @@ def _place(shards: Iterable[int], room: dict[str, int]) -> dict[int, str]:
     return owners
 
 
+def by_rank(shard: int, nodes: Iterable[str]) -> list[str]:
+    """Return *nodes* in the order of their rank for *shard*, the highest first."""
+    return sorted(nodes, key=lambda node: (_rank(f"{node}/{shard}"), node), reverse=True)
+
+
 def _rank(text: str) -> bytes:
     """A stable pseudo-random 64-bit number, as bytes that compare like it. Equal ranks are told apart by name."""
     return blake2b(text.encode(), digest_size=8).digest()

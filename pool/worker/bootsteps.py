@@ -13,9 +13,9 @@ from typing import Any
 import click
 from celery import bootsteps
 
-from pool.agents import GROUP
 from pool.errors import ConfigError
 from pool.worker import rabbitmq
+from pool.worker.control import stats_reply
 from pool.worker.execution import check_execution_pool, interruptible, with_turns
 from pool.worker.takeover import in_hand
 
@@ -35,11 +35,11 @@ class BackendPoolStep(bootsteps.StartStopStep):
         super().__init__(worker, **kwargs)
         self.extension = worker.app.warm_pool
         with refusals():
-            self.in_process = check_execution_pool(worker)
+            self.in_process = in_process = check_execution_pool(worker)
             if rabbitmq.is_amqp(self.extension.settings.broker_url):
                 limits = {"time_limit": worker.time_limit, "soft_time_limit": worker.soft_time_limit}
                 rabbitmq.check_time_limits(worker.app, self.extension.settings.consumer_timeout, limits)
-            self.extension.prepare_worker(worker)
+            self.extension.prepare_worker(worker, in_process=in_process)
         if worker.pool_cls.__module__.endswith(".thread"):
             worker.pool_cls = with_turns(worker.pool_cls, self.extension)
         if self.in_process:
@@ -65,28 +65,8 @@ class BackendPoolStep(bootsteps.StartStopStep):
         self.extension.close(grace=STOP_GRACE)
 
     def info(self, worker: Any) -> dict[str, Any]:  # noqa: ARG002
-        """What ``celery inspect stats`` and Flower show; only the shards where the pool lives in a child process."""
-        shards = {"shards": self.extension.ownership.count}
-        if not self.in_process:
-            return {"backend_pool": shards}
-        stats = self.extension.pool.get_stats()
-        return {
-            "backend_pool": {
-                "total": stats.total_backends,
-                "busy": stats.active_backends,
-                "idle": stats.idle_backends,
-                "waiting": stats.waiting,
-                "connects": stats.connects,
-                "connect_failures": stats.connect_failures,
-                "hits": stats.hits,
-                "evicted_idle": stats.evicted_idle,
-                "evicted_lru": stats.evicted_lru,
-                "retired": stats.retired_total,
-                "agents": stats.groups.get(GROUP, {}).get("total", 0),
-                "agents_mb": stats.groups.get(GROUP, {}).get("weight", 0) // 10**6,
-                **shards,
-            }
-        }
+        """What ``celery inspect stats`` and Flower show."""
+        return {"backend_pool": stats_reply(self.extension)}
 
     def terminate(self, worker: Any) -> None:  # noqa: ARG002
         """Cold shutdown: what still runs is cancelled, and its message goes back to the queue."""

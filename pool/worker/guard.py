@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 from typing import Any
 
 from pool.manager import BackendPoolManager
@@ -20,44 +19,37 @@ logger = logging.getLogger(__name__)
 
 
 class Guard:
-    """Made before worker processes are forked; `watch` runs in the one that has the backends, `wake` in the other."""
+    """Looks after *pool*, in the process that has it."""
 
-    def __init__(self, ownership: Ownership) -> None:
+    def __init__(self, ownership: Ownership, pool: BackendPoolManager[Any]) -> None:
         self.ownership = ownership
-        self._bell, self._rope = socket.socketpair()
-        self._bell.setblocking(False)
-        self._rope.setblocking(False)
+        self._pool = pool
+        self._bell = asyncio.Event()
 
-    def wake(self) -> None:
-        """Have the guard look at the board."""
-        with contextlib.suppress(BlockingIOError):  # it has enough to wake up for
-            self._rope.send(b"!")
-
-    def close(self) -> None:
-        """Nobody needs to be woken any more."""
-        self._bell.close()
-        self._rope.close()
-
-    def watch(self, pool: BackendPoolManager[Any]) -> Call[None]:
-        """Look after *pool* from now on, in this process."""
+    def watch(self) -> Call[None]:
+        """Begin, in this process."""
         self.ownership.host = os.getpid()
-        return loop_thread().spawn(self._watch(pool))
+        return loop_thread().spawn(self._watch())
 
-    async def _watch(self, pool: BackendPoolManager[Any]) -> None:
-        loop = asyncio.get_running_loop()
+    def look(self) -> None:
+        """Look at the board now; on the event loop."""
+        self._bell.set()
+
+    async def _watch(self) -> None:
         while True:
-            await self._clear(pool)
+            self._bell.clear()
+            await self._clear()
             remaining = self.ownership.trusted_until - now()
             wait = None if self.ownership.trusted_until == FOREVER or remaining <= 0 else remaining
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
-                    await loop.sock_recv(self._bell, 4096)
+                    await self._bell.wait()
 
-    async def _clear(self, pool: BackendPoolManager[Any]) -> None:
+    async def _clear(self) -> None:
         """Close what must not be there; then say up to which drop that is true."""
         dropped = self.ownership.dropped
         try:
-            gone = await pool.aexpel(lambda key: not self.ownership.owns(shard_of(key, self.ownership.shards)))
+            gone = await self._pool.aexpel(lambda key: not self.ownership.owns(shard_of(key, self.ownership.shards)))
         except Exception:  # the next wake-up tries again
             logger.exception("closing backends of lost shards failed")
             return

@@ -13,17 +13,26 @@ from pool.backends.base import Backend
 from pool.config import Settings
 from pool.hosts import Hosts, make_backend
 from pool.manager import BackendPoolManager
+from pool.observer import Observer
+from pool.runtime import loop_thread
 from pool.sharding.hashing import shard_of
 from pool.sharding.ownership import FOREVER, Ownership
 from pool.worker import rabbitmq
 from pool.worker.agreement import Agreement
 from pool.worker.chats import chats_for
 from pool.worker.consumption import Consumption
+from pool.worker.board import Board
 from pool.worker.guard import Guard
 from pool.worker.hub import HubCalls
+from pool.worker.line import Line
+from pool.worker.live_output import LiveOutput
+from pool.worker.report import Report
 from pool.worker.router import ShardRouter
+from pool.worker.running import Running
+from pool.worker.steps import Events, Steps
 from pool.worker.takeover import takeover_for
 from pool.worker.tenant import Tenant
+from pool.worker.time_limits import Limits
 from pool.worker.transport import ShardConnection, ShardTransport
 
 PREFETCH = {"threads": 2, "prefork": 1, "solo": 1}
@@ -100,8 +109,15 @@ class WarmPool:
         self.router = ShardRouter(settings, lambda name: app.tasks.get(name))  # noqa: PLW0108 - tasks may come later
         self.router.agreed = Agreement(settings).check
         self.closing = False
+        self.node = ""  # the name of this worker, if it is one
+        self.in_process = True  # the pool lives in the worker's main process
+        self.tenant: Tenant | None = None
+        self.turns: Any = None  # whose turn it is, where the execution pool keeps that
         self.ownership = Ownership(settings.shards)
-        self.guard: Guard | None = None
+        self.line: Line | None = None
+        self.board: Board | None = None
+        self.observer: Observer | None = None
+        self._limits: Limits | None = None
         if not settings.leased:
             self.ownership.trust(FOREVER)
             for shard in settings.node_shards or ():
@@ -109,13 +125,14 @@ class WarmPool:
         self._lock = threading.Lock()
         self._pid = 0
         self._pool: BackendPoolManager[Any] | None = None
+        self._running = Running()
         self._make_pool: Callable[[], BackendPoolManager[Any]]
         agents = NO_AGENTS
         trust = self.ownership.remaining if settings.leased else None
         if backend_class is not None:
             self.backends_from = getattr(backend_class, "__qualname__", repr(backend_class))
             self._make_pool = lambda: BackendPoolManager(
-                backend_class, default_config, settings=settings.pool, trust=trust
+                backend_class, default_config, settings=settings.pool, trust=trust, observer=self.observer
             )
         else:
             hosts = Hosts.load(settings.hosts_file) if settings.hosts_file else Hosts.local(settings.data_dir)
@@ -129,6 +146,7 @@ class WarmPool:
                 group_for=agents.group_for,
                 settings=pool_settings,
                 trust=trust,
+                observer=self.observer,
             )
         self.chats = chats_for(self, agents)
         signals.worker_process_init.connect(self._on_process_init, weak=False)
@@ -148,17 +166,20 @@ class WarmPool:
 
     # -- a worker
 
-    def prepare_worker(self, worker: Any) -> None:
-        """Make what a worker needs before it forks children."""
+    def prepare_worker(self, worker: Any, *, in_process: bool = True) -> None:
+        """Make what a worker needs before it forks children. *in_process*: it does not."""
         settings = self.settings
-        self.turns: Any = None  # whose turn it is, where the execution pool keeps that
+        self.node, self.in_process = worker.hostname, in_process
+        self.line, self.board = Line(), Board()
+        self.steps = Steps(self, Events(worker.app, self.node, enabled=worker.task_events))
+        self.observer = self.steps
+        self._limits = (worker.time_limit, worker.soft_time_limit) if in_process else None
+        self.turns = None
         self.calls = HubCalls()
         self.consumption = Consumption(self.router)
-        self.tenant: Tenant | None = None
         self.takeover = takeover_for(worker.app, settings)
         self.router.agreed = lambda: None  # a node agrees with the others when it joins
         if settings.leased:
-            self.guard = Guard(self.ownership)
             self.tenant = Tenant(self, worker.hostname)
         else:
             self.takeover.adopt(worker.hostname)
@@ -182,10 +203,33 @@ class WarmPool:
                     self._pool = self._make_pool()
                     self._pid = os.getpid()
                     self.chats.prepare()
-                    if self.guard is not None:
-                        self.guard.watch(self._pool)
+                    if self.line is not None:
+                        self._host(self.line, self._pool)
         assert self._pool is not None
         return self._pool
+
+    def _host(self, line: Line, pool: BackendPoolManager[Any]) -> None:
+        """Do what the process of a worker does that has the pool."""
+        self._running = Running(self._live_output(), self._limits)
+        guard = Guard(self.ownership, pool)
+        if self.settings.leased:
+            guard.watch()
+        line.listen({"look": guard.look, "cancel": self._running.cancel, "sweep": lambda: loop_thread().spawn(pool.asweep())})
+        if not self.in_process:
+            loop_thread().spawn(Report(self).post())
+
+    def _live_output(self) -> LiveOutput | None:
+        settings = self.settings
+        if settings.redis_url is None or not settings.live_output_mb:
+            return None
+        keep = int(1e6 * settings.live_output_mb)
+        return LiveOutput(settings.redis_url, settings.namespace, keep_bytes=keep, ttl=settings.live_ttl)
+
+    @property
+    def running(self) -> Running:
+        """The tasks that run in this process."""
+        _ = self.pool
+        return self._running
 
     def close(self, grace: float) -> None:
         """Close the pool of this process; tasks that still use it get *grace* seconds."""

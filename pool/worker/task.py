@@ -5,12 +5,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from celery import Task
-from celery.exceptions import Reject
+from celery import Task, signals
+from celery.exceptions import Ignore, Reject
 
 from pool.backends.base import Backend
 from pool.borrowing import Borrowed, Borrowing
-from pool.errors import AcquireTimeout, BackendUnavailable, ConfigError, InvalidKey, NotOwner, PoolError
+from pool.errors import (
+    AcquireTimeout,
+    BackendUnavailable,
+    ConfigError,
+    InvalidKey,
+    NotOwner,
+    PoolError,
+    TaskCancelled,
+)
 from pool.keys import check_key
 from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
@@ -50,6 +58,8 @@ class PooledTask(Task):
 
     lane: str | None = None
     """Tasks of one key in the same lane run one at a time, in order; those that wait hold no thread (with threads)."""
+    progress = False
+    """Store the state ``PROGRESS`` while it runs, with ``bytes`` and ``lines`` of output and seconds ``elapsed``."""
     key: str | None = None
     shard: str | None = None
     """Instead of *key*: names an argument that is the number of a shard; for maintenance."""
@@ -184,8 +194,17 @@ class PooledTask(Task):
         """Run the task's code; decide what a backend that is not there means for the message."""
         if self.request.called_directly:  # as a plain function: Celery gives it a request of its own
             return super().__call__(*args, **kwargs)
+        if self.request.is_eager:
+            return self._run(args, kwargs)
+        with self._extension.running.task(self, None if self.shard else self.pool_key):
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             return self.run(*args, **kwargs)
+        except TaskCancelled as error:
+            self._revoked(str(error))
+            raise Ignore from None
         except PoolError as error:
             # A node that shuts down at once, or has lost the shard, ends what runs: the messages go back unharmed.
             if self._lost_its_place():
@@ -194,6 +213,13 @@ class PooledTask(Task):
             if delay is None:
                 raise
             raise self.retry(exc=error, countdown=delay) from None
+
+    def _revoked(self, reason: str) -> None:
+        """Store and tell what Celery does of a task that it terminates."""
+        request = self.request
+        super().backend.mark_as_revoked(request.id, reason, request=request, store_result=not request.ignore_result)
+        self.send_event("task-revoked", terminated=True, signum=None, expired=False)
+        signals.task_revoked.send(sender=self, request=request, terminated=True, signum=None, expired=False)
 
     def _retry_delay(self, error: PoolError) -> float | None:
         """Seconds until the task is to be tried again; None: it has failed."""

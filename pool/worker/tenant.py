@@ -22,8 +22,8 @@ from pool.sharding.lease import LeaseMachine, Terms
 from pool.sharding.ownership import Ownership
 from pool.sharding.redis_store import RedisStore, plain_url
 from pool.worker.consumption import Consumption
-from pool.worker.guard import Guard
 from pool.worker.hub import HubCalls
+from pool.worker.line import Line
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ class Tenant:
                 " shards of its own (POOL_NODE_SHARDS)"
             )
         self.ownership: Ownership = extension.ownership
-        self.guard: Guard = extension.guard
+        self.line: Line = extension.line
+        self.tell = extension.steps.shards
         self.consumption: Consumption = extension.consumption
         self.calls: HubCalls = extension.calls
         self.takeover = extension.takeover
@@ -85,6 +86,7 @@ class Tenant:
         self._client = Redis.from_url(plain_url(str(self.settings.redis_url)), decode_responses=True)
         store = RedisStore(self._client, self.settings.namespace, self.settings.shards, self.terms)
         self.coordinator = Coordinator(self.machine, store, self, self.ownership)
+        self.coordinator.tell = self.tell
         try:
             async with asyncio.timeout(self.terms.ttl):
                 await store.check()
@@ -141,7 +143,7 @@ class Tenant:
 
     async def clear(self) -> None:
         dropped = self.ownership.dropped
-        self.guard.wake()
+        self.line.wake()
         while self.ownership.cleared < dropped and _alive(self.ownership.host):  # noqa: ASYNC110 - another process
             await asyncio.sleep(CLEAR_CHECK)
 

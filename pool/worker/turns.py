@@ -105,6 +105,11 @@ class Turns(Generic[J]):
         """Jobs that have not started."""
         return sum(self._backlog.values())
 
+    def waiting_of(self, key: str) -> int:
+        """Jobs of a key that have not started, in whatever lane."""
+        with self._lock:
+            return sum(len(jobs) for each, jobs in self._waiting.items() if each and each.partition("\0")[0] == key)
+
     def _free(self, job: Job[J]) -> bool:
         limit = job.limit or self.per_key
         return self._total < self.places and (job.key is None or self._running.get(job.key, 0) < limit)

@@ -12,7 +12,7 @@ SURFACE = """
     Borrowed CHAT_LANE Capabilities ChatTurn CommandFailed CommandTimeout ConfigError ExecResult FileMissing
     FileOperationFailed FileStat GroupLimit InvalidKey LocalFilesystemBackend MemoryBackend NotOwner
     PathEscapeError PoolConfig PoolError PoolExhausted PoolStats PooledTask RemoteFilesystemBackend SHARED
-    ScopedBackend Settings Turn TurnFailed TurnTimeout cancel_turn check_prompt close_chat close_idle_chats install
+    ScopedBackend Settings TaskCancelled Turn TurnFailed TurnTimeout cancel_turn check_prompt close_chat close_idle_chats install
     sweep_shard
 """.split()
 

@@ -1,0 +1,145 @@
+"""What a node knows of its backends and tasks, as plain data: for remote control commands, from snapshots only.
+
+The process that has the backends describes them (`Report`). With threads and solo that is the node itself; a prefork
+child posts its report on the `Board` every second, for its parent to read.
+"""
+
+import asyncio
+import json
+import logging
+import os
+from time import time
+from typing import Any
+
+from pool.agents import GROUP
+from pool.sharding.hashing import shard_of
+from pool.snapshot import BackendInfo
+from pool.stats import PoolStats
+
+logger = logging.getLogger(__name__)
+
+POST_INTERVAL = 1.0
+"""Seconds between two reports of a prefork child."""
+POSTED_ROWS = 2000
+"""Backends in one of them at most, the busiest first."""
+
+Row = dict[str, Any]
+
+
+class Report:
+    """What the process that has the backends knows; *extension* is its `WarmPool`."""
+
+    def __init__(self, extension: Any) -> None:
+        self._extension = extension
+
+    def stats(self) -> Row:
+        """Count everything."""
+        return {**flat(self._extension.pool.get_stats()), "running": len(self._extension.running.runs()),
+                "pid": os.getpid(), "age_s": 0.0}  # fmt: skip
+
+    def backends(self, key: str | None = None) -> list[Row]:
+        """Describe the backends of one key or of all, the busiest first."""
+        infos = self._extension.pool.get_backends(key)
+        infos.sort(key=lambda info: (-(info.busy or -1.0), -info.waiters, info.idle or 0.0))
+        return [row(info, self._extension.settings.shards) for info in infos]
+
+    def runs(self, key: str | None = None) -> list[Row]:
+        """Describe the tasks under way."""
+        return [run.told() for run in self._extension.running.runs(key)]
+
+    def last(self, key: str | None = None) -> dict[str, list[Row]]:
+        """Describe the last runs of each key."""
+        ended: dict[str, list[Row]] = self._extension.running.last(key)
+        return ended
+
+    def whole(self) -> bytes:
+        """Everything, for the board."""
+        rows = self.backends()
+        told = {
+            "at": time(),
+            "stats": self.stats(),
+            "backends": rows[:POSTED_ROWS],
+            "runs": self.runs(),
+            "last": self.last(),
+        }
+        return json.dumps(told).encode()
+
+    async def post(self) -> None:
+        """Keep the board up to date; on the event loop, until it ends."""
+        while True:
+            try:
+                self._extension.board.post(self.whole())
+            except Exception:
+                logger.exception("posting the report failed")
+            await asyncio.sleep(POST_INTERVAL)
+
+
+class Posted:
+    """The report of a prefork child, as its parent reads it; the same questions as `Report`."""
+
+    def __init__(self, content: bytes | None) -> None:
+        self._told: dict[str, Any] = {} if content is None else json.loads(content)
+
+    def stats(self) -> Row:
+        if not self._told:
+            return {}
+        return {**self._told["stats"], "age_s": round(time() - self._told["at"], 3)}
+
+    def backends(self, key: str | None = None) -> list[Row]:
+        return [row for row in self._told.get("backends", ()) if key in (None, row["key"])]
+
+    def runs(self, key: str | None = None) -> list[Row]:
+        return [run for run in self._told.get("runs", ()) if key in (None, run["key"])]
+
+    def last(self, key: str | None = None) -> dict[str, list[Row]]:
+        return {each: runs for each, runs in self._told.get("last", {}).items() if key in (None, each)}
+
+
+def report_of(extension: Any) -> Report | Posted:
+    """Return the newest report of the node; from its main process."""
+    return Report(extension) if extension.in_process else Posted(extension.board.read())
+
+
+def flat(stats: PoolStats) -> Row:
+    """Return the counts of a pool as one flat table."""
+    asked = stats.hits + stats.connects
+    agents = stats.groups.get(GROUP, {})
+    return {
+        "total": stats.total_backends,
+        "busy": stats.active_backends,
+        "idle": stats.idle_backends,
+        "connecting": stats.connecting,
+        "retired": stats.retired,
+        "waiting": stats.waiting,
+        "hits": stats.hits,
+        "connects": stats.connects,
+        "hit_rate": round(stats.hits / asked, 4) if asked else None,
+        "connect_failures": stats.connect_failures,
+        "failures": stats.failures,
+        "evicted_idle": stats.evicted_idle,
+        "evicted_lru": stats.evicted_lru,
+        "retired_total": stats.retired_total,
+        "oldest_busy_s": round(stats.oldest_busy, 3),
+        "agents": agents.get("total", 0),
+        "agents_mb": agents.get("weight", 0) // 10**6,
+    }
+
+
+def row(info: BackendInfo, shards: int) -> Row:
+    """Return one backend as plain data."""
+    return {
+        "key": info.key,
+        "agent": info.agent,
+        "kind": info.kind,
+        "state": info.state,
+        "status": info.status,
+        "users": info.users,
+        "waiters": info.waiters,
+        "uses": info.uses,
+        "age_s": round(info.age, 3),
+        "idle_s": None if info.idle is None else round(info.idle, 3),
+        "busy_s": None if info.busy is None else round(info.busy, 3),
+        "group": info.group,
+        "weight_mb": info.weight // 10**6,
+        "shard": None if info.key.startswith("(") else shard_of(info.key, shards),
+    }

@@ -1,0 +1,164 @@
+"""The tasks that run in this process: how each is ended from outside, what it has written, what ran last for a key."""
+
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any
+
+from celery.exceptions import Ignore, Reject, Retry
+
+from pool.backends.output import TAP
+from pool.errors import CommandFailed, TaskCancelled
+from pool.interrupt import Interrupt
+from pool.worker.progress import Progress
+from pool.worker.time_limits import Limits, TimeLimits
+
+if TYPE_CHECKING:
+    from pool.worker.live_output import LiveOutput
+    from pool.worker.live_task import LiveTask
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED = 1000
+"""Keys whose last runs are remembered."""
+LAST = 5
+"""Runs of each."""
+
+
+class Run:
+    """One task at work. ``seconds`` and ``state`` are set at its end."""
+
+    def __init__(self, task: Any, key: str | None, live: "LiveOutput | None") -> None:
+        request = task.request
+        self.task = task
+        self.request = request
+        self.task_id = str(request.id)
+        self.key = key
+        self.node = str(request.hostname)
+        self.agent: str | None = None
+        self.reports = task.progress and not request.ignore_result
+        self.ending = threading.Lock()
+        self.started = time()
+        self.interrupt = Interrupt()
+        self.bytes = 0
+        self.lines = 0
+        self.state = "STARTED"
+        self.ended: float | None = None
+        self._began = monotonic()
+        self._live: LiveTask | None = None
+        if live is not None and key is not None:
+            facts = {"task": task.name, "key": key, "node": self.node, "started": self.started}
+            self._live = live.open(self.task_id, facts)
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return (monotonic() if self.ended is None else self.ended) - self._began
+
+    def feed(self, stream: str, data: bytes) -> None:
+        """Take a piece of what it writes; on the event loop."""
+        self.bytes += len(data)
+        self.lines += data.count(b"\n")
+        if self._live is not None:
+            self._live.feed(stream, data)
+
+    def end(self, state: str, exit_code: int | None) -> None:
+        """It has ended; those who follow its output are told."""
+        with self.ending:
+            self.state, self.ended = state, monotonic()
+        if self._live is not None:
+            self._live.close(state, exit_code)
+
+    def told(self) -> dict[str, Any]:
+        """Describe it, for people."""
+        told = {
+            "task_id": self.task_id,
+            "name": self.task.name,
+            "key": self.key,
+            "started": round(self.started, 3),
+            "seconds": round(self.seconds, 3),
+            "agent": self.agent,
+            "bytes": self.bytes,
+            "lines": self.lines,
+        }
+        return told if self.ended is None else {**told, "state": self.state, "ended": round(time(), 3)}
+
+
+class Running:
+    """Made once in each process that hosts backends.
+
+    *limits*: the worker's own time limits, hard and soft; None: Celery sees to all time limits itself.
+    """
+
+    def __init__(self, live: "LiveOutput | None" = None, limits: Limits | None = None) -> None:
+        self._live = live
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._runs: dict[str, Run] = {}
+        self._last: OrderedDict[str, deque[dict[str, Any]]] = OrderedDict()
+        self._progress = Progress(self.runs)
+
+    @contextmanager
+    def task(self, task: Any, key: str | None) -> Iterator[Run]:
+        """Run the code of *task* inside of this block; its end is told by what it raises."""
+        run = Run(task, key, self._live)
+        with self._lock:
+            self._runs[run.task_id] = run
+        if run.reports:
+            self._progress.wanted()
+        limits = None if self._limits is None else TimeLimits.of(run, self._limits)
+        token = TAP.set(run.feed)
+        state, exit_code = "SUCCESS", None
+        try:
+            with run.interrupt:
+                yield run
+        except BaseException as error:
+            state = _state_after(error)
+            exit_code = error.exit_code if isinstance(error, CommandFailed) else None
+            raise
+        finally:
+            TAP.reset(token)
+            if limits is not None:
+                limits.over()
+            self._end(run, state, exit_code)
+
+    def _end(self, run: Run, state: str, exit_code: int | None) -> None:
+        run.end(state, exit_code)
+        with self._lock:
+            self._runs.pop(run.task_id, None)
+            if run.key is not None:
+                self._last.setdefault(run.key, deque(maxlen=LAST)).appendleft(run.told())
+                self._last.move_to_end(run.key)
+                if len(self._last) > REMEMBERED:
+                    self._last.popitem(last=False)
+
+    def cancel(self, task_id: str, reason: str) -> bool:
+        """End a task where it waits for its backend, or will next; False: it does not run here."""
+        with self._lock:
+            run = self._runs.get(task_id)
+        if run is None:
+            return False
+        logger.info("cancelling task %s of key %s after %.1f s: %s", task_id, run.key, run.seconds, reason)
+        run.interrupt.set(TaskCancelled(reason))
+        return True
+
+    def runs(self, key: str | None = None) -> list[Run]:
+        """Those under way, of one key or of all, oldest first."""
+        with self._lock:
+            return [run for run in self._runs.values() if key is None or run.key == key]
+
+    def last(self, key: str | None = None) -> dict[str, list[dict[str, Any]]]:
+        """Describe the last runs that have ended, newest first, of one key or of all."""
+        with self._lock:
+            return {each: list(runs) for each, runs in self._last.items() if key is None or each == key}
+
+
+def _state_after(error: BaseException) -> str:
+    if isinstance(error, Ignore):  # how a cancelled task ends: its state is stored already
+        return "REVOKED"
+    if isinstance(error, Retry):
+        return "RETRY"
+    return "REJECTED" if isinstance(error, Reject) else "FAILURE"
