@@ -239,6 +239,7 @@ class _Look:
     def __init__(self, app: Any, task_id: str) -> None:
         self._app = app
         self._task_id = task_id
+        self._backend: Any = None
         self._answer: concurrent.futures.Future[str] | None = None
 
     def begin(self) -> None:
@@ -250,7 +251,8 @@ class _Look:
 
     def _ask(self, answer: "concurrent.futures.Future[str]") -> None:
         try:
-            answer.set_result(str(self._app.AsyncResult(self._task_id).state))
+            self._backend = self._backend or self._app.backend  # each thread would get one of its own, and connect
+            answer.set_result(str(self._app.AsyncResult(self._task_id, backend=self._backend).state))
         except Exception as error:  # no result backend, or none that answers
             logger.debug("no state of task %s: %s", self._task_id, error)
             answer.set_result("")

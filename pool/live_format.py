@@ -100,7 +100,9 @@ class Transcript:
         self.over = attempt == self._last and facts.get("state") in FINAL
         totals = facts.pop("streams", None)
         known = totals.items() if isinstance(totals, dict) else ()
-        gaps = [piece for name, total in known if isinstance(total, int) for piece in self._output(attempt, name, total)]
+        gaps = [
+            piece for name, total in known if isinstance(total, int) for piece in self._output(attempt, name, total)
+        ]
         return [*gaps, Piece("", b"", 0, 0, "end", {**facts, "attempt": attempt})]
 
 
