@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from pool.backends.workspace import FileStat
     from pool.borrowing import Borrowed
     from pool.config import GroupLimit, PoolConfig, Settings
-    from pool.manager import SHARED, BackendPoolManager
+    from pool.keys import SHARED
+    from pool.manager import BackendPoolManager
     from pool.stats import PoolStats
     from pool.worker.chats import ChatTurn
     from pool.worker.install import install
@@ -90,7 +91,7 @@ __all__ = [
 
 _HOME = {
     "CHAT_LANE": "worker.maintenance",
-    "SHARED": "manager",
+    "SHARED": "keys",
     "AgentBackend": "backends.agent",
     "Backend": "backends.base",
     "BackendPoolManager": "manager",

@@ -26,8 +26,8 @@ from pool.backends.base import Backend
 from pool.backends.opencode import OpencodeBackend
 from pool.backends.opencode_server import OpencodeServer
 from pool.errors import ConfigError, InvalidKey
-from pool.keys import check_key, fill_key
-from pool.manager import DEFAULT_AGENT, SHARED
+from pool.keys import SHARED, check_key, fill_key
+from pool.manager import DEFAULT_AGENT
 from pool.tables import check_table, did_you_mean, fields_for
 
 GROUP = "agents"

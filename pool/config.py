@@ -113,6 +113,10 @@ class PoolConfig:
                 raise ConfigError(f"groups[{group!r}]={limit!r}: must be a name, not empty, and a GroupLimit")
         object.__setattr__(self, "groups", dict(self.groups))  # what the caller does to its own is its own affair
 
+    def lifetime(self, dice: float) -> float:
+        """Seconds that one backend may live; *dice*: a random number from 0 up to, not including, 1."""
+        return float("inf") if self.max_lifetime is None else self.max_lifetime * (1 - self.lifetime_jitter * dice)
+
     def changed(self, **changes: Any) -> Self:
         """Return a copy with *changes*; an unknown name raises `ConfigError`."""
         known = {f.name for f in fields(self)}

@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any, Literal, NamedTuple
 
 from pool.errors import PoolError
+from pool.observer import StepName
 
 Identity = tuple[str, str]
 """``(primary, agent)``: whom a backend belongs to, and which of that key's backends it is."""
@@ -51,9 +52,12 @@ class Entry:
 
     __slots__ = (
         "backend",
+        "began",
+        "born",
         "busy_since",
         "config",
         "displaced",
+        "ending",
         "expires",
         "group",
         "history",
@@ -66,6 +70,7 @@ class Entry:
         "serial",
         "state",
         "users",
+        "uses",
         "waiters",
     )
 
@@ -90,6 +95,10 @@ class Entry:
         self.displaced: tuple[str | None, ...] = ()  # groups of the backends that must be gone before it may connect
         self.backend: Any = None
         self.users = 0
+        self.uses = 0  # how often it was acquired
+        self.began = now  # when the present connect, or check, was asked for
+        self.born = now  # when it was connected
+        self.ending = ""  # why it is retired
         self.max_users: int | None = None
         self.waiters: deque[Waiter] = deque()
         self.expires = float("inf")
@@ -161,7 +170,18 @@ class Wake(NamedTuple):
     waiter: Waiter
 
 
-Effects = list[Connect | Close | Wake]
+class Tell(NamedTuple):
+    """Tell who observes the pool of a step; see `pool.observer.Step`."""
+
+    what: StepName
+    identity: Identity
+    pooled: bool
+    backend: Any
+    reason: str
+    seconds: float
+
+
+Effects = list[Connect | Close | Wake | Tell]
 
 
 def says_busy(backend: Any) -> bool:

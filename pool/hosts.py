@@ -36,8 +36,7 @@ from pool.backends.opencode import OpencodeBackend
 from pool.backends.opencode_server import OpencodeServer
 from pool.backends.ssh import RemoteFilesystemBackend
 from pool.errors import ConfigError
-from pool.keys import fill_key
-from pool.manager import SHARED
+from pool.keys import SHARED, fill_key
 from pool.tables import check_table, did_you_mean
 
 KINDS: Mapping[str, type[Backend]] = {

@@ -9,6 +9,9 @@ from pool.errors import InvalidKey
 MAX_BYTES = 256
 """Length of a key at most, in bytes of its UTF-8 form."""
 
+SHARED = "\x00shared"
+"""The primary of backends that many keys share: never a valid key, so no ``close_key`` of a chat reaches them."""
+
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+=:-]*")
 
 
@@ -32,6 +35,13 @@ def check_key(key: Any) -> str:
             if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
                 raise InvalidKey(f"key {key!r} holds the control character {character!r}")
     return key
+
+
+def shown(primary: str, *, pooled: bool = True) -> str:
+    """Return whose a backend is, for people to read."""
+    if not pooled:
+        return "(none)"
+    return "(shared)" if primary == SHARED else primary
 
 
 def fill_key(template: str, key: str, field: str) -> str:

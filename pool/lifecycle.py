@@ -6,7 +6,7 @@ The caller serialises the calls with one lock and carries the effects out after 
 
 Idle entries sit in one map ordered by the time of their release. Its front is both the least recently used one and
 the next to expire, so a sweep costs what it evicts, and a busy entry cannot be evicted because it is not in there.
-What a group of entries may take up besides is `pool.groups`' business; who waits for room stands in `pool.room`.
+Limits of groups are `pool.groups`' business; who waits for room stands in `pool.room`.
 """
 
 import random
@@ -60,6 +60,7 @@ class Lifecycle:
             return None
         entry.apply("acquire")
         entry.users += 1
+        entry.uses += 1
         self.counters.hits += 1
         return entry
 
@@ -74,8 +75,7 @@ class Lifecycle:
             if entry is not None:
                 self._join(entry, waiter, now, effects)
                 return
-            error = self.failed.fresh(waiter.identity, waiter.config, now)
-            if error is not None:
+            if (error := self.failed.fresh(waiter.identity, waiter.config, now)) is not None:
                 self._fill_room(now, effects)  # a retired entry may have sent its waiters there
                 raise error
         self.room.append(waiter)
@@ -84,19 +84,18 @@ class Lifecycle:
     def _stale(self, entry: Entry, waiter: Waiter, now: float, effects: Effects) -> bool:
         """Retire the entry if this waiter cannot use it: changed config, lost backend, end of its lifetime."""
         if entry.config != waiter.config:
-            self._retire(entry, effects)
+            self._retire(entry, "config", now, effects)
             return True
         if entry.state == "connecting" or (now < entry.expires and entry.backend.usable):
             return False
-        self._send_on(entry, effects)
+        self._send_on(entry, now, effects)
         return True
 
-    def _send_on(self, entry: Entry, effects: Effects) -> None:
+    def _send_on(self, entry: Entry, now: float, effects: Effects) -> None:
         """Retire the entry; who waits for it gets a new one, before all who came later."""
-        waiting = list(entry.waiters)
+        self.room.send_ahead(entry.waiters)
         entry.waiters.clear()
-        self._retire(entry, effects)
-        self.room.send_ahead(waiting)
+        self._retire(entry, "lifetime" if entry.backend.usable else "lost", now, effects)
 
     def _join(self, entry: Entry, waiter: Waiter, now: float, effects: Effects) -> None:
         waiter.warm = entry.backend is not None
@@ -104,7 +103,7 @@ class Lifecycle:
         if entry.state == "idle" and now - entry.idle_since >= self.config.check_after:
             del self.idle[entry]
             entry.apply("check")
-            entry.preparing = True
+            entry.preparing, entry.began = True, now
             effects.append(Connect(entry))
         else:
             self._serve(entry, now, effects)
@@ -118,7 +117,7 @@ class Lifecycle:
         entry = Entry(waiter.identity, waiter.config, waiter.override, now, pooled=waiter.pooled, group=waiter.group)
         entry.preparing = True
         entry.waiters.append(waiter)
-        self._displace(entry, leaving, effects)
+        self._displace(entry, leaving, now, effects)
         self.groups.add(entry)
         if waiter.pooled:
             self.entries[waiter.identity] = entry
@@ -143,14 +142,14 @@ class Lifecycle:
         victim = next((entry for entry in self.idle if not says_busy(entry.backend)), None)
         return ([], "max_backends") if victim is None else ([Close(victim, victim.backend)], None)
 
-    def _displace(self, entry: Entry, leaving: list[Close], effects: Effects) -> None:
+    def _displace(self, entry: Entry, leaving: list[Close], now: float, effects: Effects) -> None:
         """Have the new entry close these first. It stands for one of them; the others count until they are gone."""
         for close in leaving:
             if close.entry.state == "closed":
                 effects[:] = [effect for effect in effects if effect is not close]
                 self.groups.count_closing(close.entry.group, -1)
             else:
-                self.counters.evicted_lru += 1
+                self.counters.tell("evicted", close.entry, "lru", now - close.entry.idle_since, effects)
                 self._drop(close.entry)
         self.groups.displace(entry, [close.entry.group for close in leaving])
 
@@ -213,7 +212,7 @@ class Lifecycle:
                 entry.idle_since = now
                 self.idle[entry] = None
         if entry.waiters and entry.state != "retired" and not entry.backend.usable:
-            self._send_on(entry, effects)
+            self._send_on(entry, now, effects)
         finished = entry.state == "retired" or not entry.pooled or now >= entry.expires
         if finished or entry.waiters or self.room.lines or self.shut:
             self._settle(entry, now, effects)
@@ -223,10 +222,11 @@ class Lifecycle:
         self._serve(entry, now, effects)
         if not entry.users and not entry.waiters and entry.state != "closed":
             if entry.state == "retired":
-                self._close(entry, effects)
-            elif not entry.pooled or now >= entry.expires or not entry.backend.usable or self.shut:
-                self.counters.retired += entry.pooled
-                self._close(entry, effects)
+                self._close(entry, entry.ending, now, effects)
+            elif not entry.pooled or self.shut:
+                self._close(entry, "shutdown" if self.shut else "released", now, effects)
+            elif now >= entry.expires or not entry.backend.usable:
+                self._retire(entry, "lifetime" if entry.backend.usable else "lost", now, effects)
         self._fill_room(now, effects)
 
     def _serve(self, entry: Entry, now: float, effects: Effects) -> None:
@@ -239,6 +239,7 @@ class Lifecycle:
                 entry.busy_since = now
             entry.apply("acquire")
             entry.users += 1
+            entry.uses += 1
             waiter.entry = entry
             self.counters.hits += waiter.warm
             effects.append(Wake(waiter))
@@ -275,10 +276,12 @@ class Lifecycle:
         if backend is not entry.backend:
             for waiter in entry.waiters:
                 waiter.warm = False
+            self.counters.tell_lost(entry, now, effects)
             entry.backend = backend
-            entry.expires = self._expiry(now)
+            entry.expires = now + self.config.lifetime(self._jitter())
             entry.max_users = backend.capabilities.max_users
-            self.counters.connects += 1
+            entry.born = now
+            self.counters.tell("created", entry, "", now - entry.began, effects)
         self.failed.forget(entry.identity)
         entry.apply("connected")
         if entry.state == "idle":
@@ -297,7 +300,9 @@ class Lifecycle:
                 self.gone(entry, now, effects)
             return
         self._drop(entry, "failed")
-        self.counters.count_failure(error.reason if isinstance(error, BackendUnavailable) else type(error).__name__)
+        reason = error.reason if isinstance(error, BackendUnavailable) else type(error).__name__
+        self.counters.tell_lost(entry, now, effects)
+        self.counters.tell("failed", entry, reason, now - entry.began, effects)
         if entry.pooled and isinstance(error, BackendUnavailable):
             error = self.failed.remember(entry.identity, entry.config, error, now, self.config)
         for waiter in entry.waiters:
@@ -313,14 +318,10 @@ class Lifecycle:
             self.gone(entry, now, effects)
             return
         self._drop(entry, "failed")
+        self.counters.tell_lost(entry, now, effects)
         self.room.send_ahead(entry.waiters)
         entry.waiters.clear()
         self._fill_room(now, effects)
-
-    def _expiry(self, now: float) -> float:
-        if self.config.max_lifetime is None:
-            return float("inf")
-        return now + self.config.max_lifetime * (1 - self.config.lifetime_jitter * self._jitter())
 
     def configure(self, config: PoolConfig, now: float, effects: Effects) -> None:
         """Change the settings; a higher cap lets in who waits for room."""
@@ -329,12 +330,13 @@ class Lifecycle:
 
     # -- leaving the pool
 
-    def _retire(self, entry: Entry, effects: Effects) -> None:
+    def _retire(self, entry: Entry, reason: str, now: float, effects: Effects) -> None:
         """Nobody new: close it now if nobody uses it, else at the last release."""
-        self.counters.retired += 1
+        self.counters.tell("retired", entry, reason, now - entry.born, effects)
         if entry.state == "idle":
-            self._close(entry, effects)
+            self._close(entry, reason, now, effects)
             return
+        entry.ending = reason
         entry.apply("retire")
         if self.entries.get(entry.identity) is entry:
             del self.entries[entry.identity]
@@ -348,9 +350,10 @@ class Lifecycle:
         if self.entries.get(entry.identity) is entry:
             del self.entries[entry.identity]
         self.groups.discard(entry)
-        self.counters.closed += event == "close"
 
-    def _close(self, entry: Entry, effects: Effects) -> None:
+    def _close(self, entry: Entry, reason: str | None, now: float, effects: Effects) -> None:
+        if reason is not None:  # else it was told already
+            self.counters.tell("closed", entry, reason, now - entry.born, effects)
         self._drop(entry)
         self.groups.count_closing(entry.group, 1)
         if not entry.preparing:  # else `connected` or `connect_failed` will close what has come of it
@@ -382,11 +385,9 @@ class Lifecycle:
             if says_busy(entry.backend):
                 self.touch(entry, now)
                 continue
-            if now - entry.idle_since >= self.config.idle_timeout:
-                self.counters.evicted_idle += 1
-            else:
-                self.counters.evicted_lru += 1
-            self._close(entry, effects)
+            idle = now - entry.idle_since
+            self.counters.tell("evicted", entry, "idle" if idle >= self.config.idle_timeout else "lru", idle, effects)
+            self._close(entry, None, now, effects)
             evicted.append(entry.identity)
         self.failed.prune(now, self.config.backoff_max)
         self._fill_room(now, effects)
@@ -404,7 +405,7 @@ class Lifecycle:
         retired: list[Identity] = []
         for identity, entry in [(i, e) for i, e in self.entries.items() if i[0] == primary]:
             (closed if entry.state == "idle" else retired).append(identity)
-            self._retire(entry, effects)
+            self._retire(entry, "key_closed", now, effects)
             self.failed.forget(identity)
         self._fill_room(now, effects)
         return closed, retired
@@ -416,7 +417,7 @@ class Lifecycle:
         for entry in gone:
             waiting.extend(entry.waiters)
             entry.waiters.clear()
-            self._close(entry, effects)
+            self._close(entry, "expelled", now, effects)
         send_away(waiting, "the backends of this key were closed", effects)
         self._fill_room(now, effects)
         return [entry.identity for entry in gone]
@@ -433,19 +434,18 @@ class Lifecycle:
         """Adopt a backend that somebody else connected; one that was there before is retired."""
         if self.shut:
             raise BackendClosed("the pool is closed")
-        before = self.entries.get(identity)
-        if before is not None and before.backend is backend:
+        if (before := self.entries.get(identity)) is not None and before.backend is backend:
             self.touch(before, now)
             return
         if before is not None:
-            self._retire(before, effects)
+            self._retire(before, "replaced", now, effects)
         entry = Entry(identity, config, None, now, pooled=True, group=group)
         self.entries[identity] = entry
         self.groups.add(entry)
         self._gather(entry)
         self.connected(entry, backend, now, effects)
 
-    def shutdown(self, effects: Effects) -> None:
+    def shutdown(self, now: float, effects: Effects) -> None:
         """Admit nobody, send every waiter away, close what is idle. Busy entries are left to `close_rest`."""
         self.shut = True
         waiting = [*self.room.take(), *(waiter for entry in self.live for waiter in entry.waiters)]
@@ -453,13 +453,13 @@ class Lifecycle:
         for entry in self.live:
             entry.waiters.clear()
             if not entry.users:
-                self._close(entry, effects)
+                self._close(entry, "shutdown", now, effects)
 
-    def close_rest(self, effects: Effects) -> list[Entry]:
+    def close_rest(self, now: float, effects: Effects) -> list[Entry]:
         """Close what is still in use. Returns those entries: their users will see `BackendClosed`."""
         rest = self.live
         for entry in rest:
-            self._close(entry, effects)
+            self._close(entry, "shutdown", now, effects)
         return rest
 
     # -- looking
@@ -495,6 +495,4 @@ class Lifecycle:
             "waiting": len(self.room) + sum(len(entry.waiters) for entry in self.live),
         }
 
-    def check_invariants(self) -> None:
-        """Raise AssertionError when the state contradicts itself; tests call it after every event."""
-        check(self)
+    check_invariants = check

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
@@ -16,11 +16,14 @@ from pool.backends.base import Trust
 from pool.borrowing import B, Borrowed, Borrowing
 from pool.config import PoolConfig
 from pool.connector import CheckFailed, Connector
-from pool.entry import Close, Connect, Effects, Entry, Identity, Waiter
+from pool.entry import Close, Connect, Effects, Entry, Identity, Tell, Waiter
 from pool.errors import ConfigError, PoolError
-from pool.keys import check_key
+from pool.interrupt import check_interrupt, interruptible
+from pool.keys import SHARED, check_key, shown
 from pool.lifecycle import Lifecycle
+from pool.observer import Observer
 from pool.runtime import fork_count, loop_thread
+from pool.snapshot import BackendInfo, infos_of, stats_of, step_of
 from pool.stats import PoolStats
 
 R = TypeVar("R")
@@ -29,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_AGENT = "default"
 """The agent of an acquire that names none."""
-
-SHARED = "\x00shared"
-"""The primary of backends that many keys share: never a valid key, so no ``close_key`` of a chat reaches them."""
 
 
 class BackendPoolManager(Generic[B]):
@@ -46,6 +46,8 @@ class BackendPoolManager(Generic[B]):
     *trust*, called often and from the event loop, returns for how many seconds from now this process may work for its
     keys; None, and no function at all: without limit. A remote host ends, by itself, what a process that is frozen or
     cut off has running there when that time is over (``pool/backends/pulse.py``).
+
+    *observer* hears of what happens; None: the steps in the lives of backends go to the log.
 
     One pool belongs to one process. Raises `ConfigError` for settings that break a rule.
     """
@@ -65,6 +67,7 @@ class BackendPoolManager(Generic[B]):
         settings: PoolConfig | None = None,
         trust: Trust | None = None,
         group_for: Callable[[str, str], str | None] | None = None,
+        observer: Observer | None = None,
     ) -> None:
         if not callable(backend_class):
             raise ConfigError(f"backend_class={backend_class!r}: must be a class or function that makes a backend")
@@ -80,6 +83,8 @@ class BackendPoolManager(Generic[B]):
         }
         changes = {name: value for name, value in given.items() if value is not None}
         self._life = Lifecycle((settings or PoolConfig()).changed(**changes))
+        self.observer = observer or Observer()
+        self._hears_acquires = type(self.observer).acquired is not Observer.acquired
         self._connector = Connector(backend_class, lambda: self._life.config, trust, self)
         self._lock = threading.Lock()
         self._fork = fork_count()
@@ -104,14 +109,10 @@ class BackendPoolManager(Generic[B]):
         loop_thread().refuse_here()
         done = threading.Event()
         waiter = self._waiter(key, agent, override, done.set)
-        timeout = self._life.config.acquire_timeout
-        try:
-            self._ask(waiter)
-            done.wait(min(timeout, threading.TIMEOUT_MAX))
-        except BaseException:
-            self._abandon(waiter)
-            raise
-        return self._collect(waiter, timeout)
+        with self._waiting(waiter) as timeout:
+            with interruptible(done.set):
+                done.wait(min(timeout, threading.TIMEOUT_MAX))
+            return self._collect(waiter, timeout)
 
     async def aacquire_backend(
         self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
@@ -123,16 +124,11 @@ class BackendPoolManager(Generic[B]):
         loop = asyncio.get_running_loop()
         done = asyncio.Event()
         waiter = self._waiter(key, agent, override, lambda: loop.call_soon_threadsafe(done.set))
-        timeout = self._life.config.acquire_timeout
-        try:
-            self._ask(waiter)
-            with contextlib.suppress(TimeoutError):
+        with self._waiting(waiter) as timeout:
+            with interruptible(waiter.wake), contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):  # wait_for of Python 3.11 can swallow a cancellation
                     await done.wait()
-        except BaseException:
-            self._abandon(waiter)
-            raise
-        return self._collect(waiter, timeout)
+            return self._collect(waiter, timeout)
 
     def _warm(self, key: str | None, agent: str | None, override: dict[str, Any] | None) -> Entry | None:
         """Take an entry that is ready, if there is one; without leaving the calling thread."""
@@ -140,7 +136,10 @@ class BackendPoolManager(Generic[B]):
         if not isinstance(key, str):
             return None
         with self._lock:
-            return self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
+            entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
+        if entry is not None and self._hears_acquires:
+            self._say(self.observer.acquired, key, entry.identity[1], 0.0, warm=True)
+        return entry
 
     def backend(
         self, key: str | None, agent: str | None = None, config: Mapping[str, Any] | None = None
@@ -173,12 +172,28 @@ class BackendPoolManager(Generic[B]):
         config = self._effective(identity, override)
         return Waiter(identity, config, override, wake, pooled=key is not None, group=self._group(identity))
 
-    def _ask(self, waiter: Waiter) -> None:
-        """Queue a waiter for what the warm path could not give."""
-        with self._deciding() as (now, effects):
-            self._life.acquire(waiter, now, effects)
-        if self._periodic_cleanup and self._reaper is None:
-            self.start_reaper()
+    @contextlib.contextmanager
+    def _waiting(self, waiter: Waiter) -> Iterator[float]:
+        """Queue a waiter for what the warm path could not give; how long it may wait. It may stop at any moment."""
+        started, error = monotonic(), ""
+        try:
+            with self._deciding() as (now, effects):
+                self._life.acquire(waiter, now, effects)
+            if self._periodic_cleanup and self._reaper is None:
+                self.start_reaper()
+            yield self._life.config.acquire_timeout
+        except BaseException as caught:
+            error = type(caught).__name__
+            self._abandon(waiter)
+            raise
+        finally:
+            self._tell_acquired(waiter, monotonic() - started, error)
+
+    def _tell_acquired(self, waiter: Waiter, seconds: float, error: str) -> None:
+        key, agent = shown(waiter.identity[0], pooled=waiter.pooled), waiter.identity[1]
+        if (entry := waiter.entry) is not None and not waiter.warm:
+            self._say(self.observer.connected, key, agent, entry.backend.kind, entry.born - entry.began)
+        self._say(self.observer.acquired, key, agent, seconds, warm=waiter.warm, error=error)
 
     def _effective(self, identity: Identity, override: dict[str, Any] | None) -> dict[str, Any]:
         specific = self._config_for(*identity) if self._config_for is not None else {}
@@ -191,6 +206,7 @@ class BackendPoolManager(Generic[B]):
         if waiter.entry is None:
             if waiter.error is not None:
                 raise waiter.error
+            check_interrupt()
             with self._deciding() as (now, effects):
                 self._life.give_up(waiter, timeout, now, effects)
         assert waiter.entry is not None
@@ -230,11 +246,24 @@ class BackendPoolManager(Generic[B]):
                 loop_thread().spawn(self._prepare(effect.entry, effect.first_close))
             elif isinstance(effect, Close):
                 loop_thread().spawn(self._close(effect))
+            elif isinstance(effect, Tell):
+                self._say(self.observer.step, step_of(effect))
             else:
                 try:
                     effect.waiter.wake()
                 except RuntimeError:  # its event loop is closed: nobody is there any more
                     self._abandon(effect.waiter)
+
+    def say_executed(self, kind: str, seconds: float, outcome: str) -> None:
+        """A backend of this pool ran a command; for the observer."""
+        self._say(self.observer.executed, kind, seconds, outcome)
+
+    def _say(self, method: Callable[..., None], *what: Any, **more: Any) -> None:
+        """Tell the observer; what it makes of that is its own affair."""
+        try:
+            method(*what, **more)
+        except Exception:
+            logger.exception("an observer of the pool failed")
 
     async def _prepare(self, entry: Entry, first_close: tuple[Any, ...]) -> None:
         """Have the connector make the entry ready, then tell the lifecycle how it went."""
@@ -284,29 +313,13 @@ class BackendPoolManager(Generic[B]):
         """Return a consistent snapshot; waits for no backend."""
         self._refuse_fork()
         with self._lock:
-            life, now, totals = self._life, monotonic(), self._life.counters
-            live = life.live
-            by_key: dict[str, int] = {}
-            for primary, _ in life.entries:
-                by_key[primary] = by_key.get(primary, 0) + 1
-            return PoolStats(
-                total_backends=life.total,
-                active_backends=sum(1 for entry in live if entry.users),
-                idle_backends=len(life.idle),
-                backends_by_key=by_key,
-                connecting=sum(1 for entry in live if entry.state == "connecting"),
-                retired=sum(1 for entry in live if entry.state == "retired"),
-                waiting=life.counts["waiting"],
-                hits=totals.hits,
-                connects=totals.connects,
-                connect_failures=totals.connect_failures,
-                failures=dict(totals.failures),
-                evicted_idle=totals.evicted_idle,
-                evicted_lru=totals.evicted_lru,
-                retired_total=totals.retired,
-                oldest_busy=max((now - entry.busy_since for entry in live if entry.users), default=0.0),
-                groups=life.groups.counts(life.config),
-            )
+            return stats_of(self._life, monotonic())
+
+    def get_backends(self, key: str | None = None) -> list[BackendInfo]:
+        """Describe each live backend, of one key or of all, as it is at this moment; waits for none."""
+        self._refuse_fork()
+        with self._lock:
+            return infos_of(self._life, monotonic(), key)
 
     def get(self, primary: str, agent: str = DEFAULT_AGENT) -> B | None:
         """Return the pooled backend and mark it as just used; None if there is none. Borrows nothing."""
@@ -441,12 +454,9 @@ class BackendPoolManager(Generic[B]):
         while True:
             await asyncio.sleep(self._life.config.cleanup_interval)
             try:
-                evicted = await self.asweep()
+                await self.asweep()
             except Exception:  # one failing sweep must not be the last
                 logger.exception("sweep failed")
-            else:
-                if evicted:
-                    logger.info("evicted %d idle backends", len(evicted))
 
     def destroy_all(self, grace: float = 10.0) -> None:
         """Close the pool for good: nobody new, *grace* seconds for those in use to be released, then close the rest.
@@ -458,7 +468,7 @@ class BackendPoolManager(Generic[B]):
         loop_thread().refuse_here()
         effects: Effects = []
         with self._lock:
-            self._life.shutdown(effects)
+            self._life.shutdown(monotonic(), effects)
         self._carry_out(effects)
         self.stop_reaper()
         deadline = monotonic() + grace
@@ -467,7 +477,7 @@ class BackendPoolManager(Generic[B]):
                 lambda: not self._in_use(), min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
             )
             effects = []
-            rest = self._life.close_rest(effects)
+            rest = self._life.close_rest(monotonic(), effects)
         if busy := [entry for entry in rest if entry.users]:
             logger.warning("closing %d backends that are still in use after %g s", len(busy), grace)
         loop = loop_thread().loop

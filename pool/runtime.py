@@ -13,6 +13,7 @@ from collections.abc import Coroutine
 from typing import Any, Generic, TypeVar
 
 from pool.errors import PoolError
+from pool.interrupt import interruptible
 
 T = TypeVar("T")
 
@@ -100,7 +101,8 @@ class LoopThread:
         call = self.spawn(coroutine)
         done = asyncio.wrap_future(call.future)
         try:
-            return await asyncio.shield(done)
+            with interruptible(call.cancel):
+                return await asyncio.shield(done)
         except asyncio.CancelledError:
             call.cancel()
             await asyncio.wait({done}, timeout=CLEANUP_TIMEOUT)
@@ -170,11 +172,12 @@ class Call(Generic[T]):
             concurrent.futures.wait([self.future], CLEANUP_TIMEOUT)
 
     def wait(self) -> T:
-        """Wait in this thread; see `LoopThread.run`."""
+        """Wait in this thread; see `LoopThread.run`. Raises what the task is interrupted with."""
         try:
-            if not self._begun:
-                self.begin()
-            return self.future.result()
+            with interruptible(self.cancel):
+                if not self._begun:
+                    self.begin()
+                return self.future.result()
         except BaseException:
             self.abandon()
             raise

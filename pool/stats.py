@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from pool.entry import Effects, Entry, Tell
+from pool.observer import StepName
+
 
 @dataclass
 class Counters:
@@ -16,10 +19,29 @@ class Counters:
     closed: int = 0
     failures: dict[str, int] = field(default_factory=dict)
 
-    def count_failure(self, reason: str) -> None:
-        """A connect failed."""
-        self.connect_failures += 1
-        self.failures[reason] = self.failures.get(reason, 0) + 1
+    def tell(self, what: StepName, entry: Entry, reason: str, seconds: float, effects: Effects) -> None:
+        """A backend takes a step: count it, and have the driver tell of it."""
+        self._count(what, reason)
+        effects.append(Tell(what, entry.identity, entry.pooled, entry.backend, reason, seconds))
+
+    def tell_lost(self, entry: Entry, now: float, effects: Effects) -> None:
+        """The backend of an entry, if it had one, did not pass its check."""
+        if entry.backend is not None:
+            self.tell("closed", entry, "lost", now - entry.born, effects)
+
+    def _count(self, what: StepName, reason: str) -> None:
+        if what == "created":
+            self.connects += 1
+        elif what == "failed":
+            self.connect_failures += 1
+            self.failures[reason] = self.failures.get(reason, 0) + 1
+        elif what == "evicted":
+            self.evicted_idle += reason == "idle"
+            self.evicted_lru += reason == "lru"
+        elif what == "retired":
+            self.retired += 1
+        else:
+            self.closed += 1
 
 
 @dataclass(frozen=True)

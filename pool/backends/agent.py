@@ -9,7 +9,7 @@ from abc import abstractmethod
 from typing import Any
 
 from pool.backends.base import Backend, Capabilities
-from pool.backends.output import DirectSink, Sink, ThreadSink
+from pool.backends.output import TAP, DirectSink, Sink, Tap, ThreadSink
 from pool.backends.turn import Collector, OnUpdate, Session, Turn, UpdateReader
 from pool.chats import Chat
 from pool.config import check_number
@@ -91,17 +91,18 @@ class AgentBackend(Backend):
         the turn is cancelled. Raises `TurnFailed`, `TurnTimeout`, `BackendUnavailable` (the connection to the agent's
         machine was lost), `BackendClosed`, `ConfigError` for what is no prompt.
         """
-        if on_update is None:
-            return loop_thread().run(self._turn(text, None, timeout))
-        sink = ThreadSink(UpdateReader(on_update))
-        return sink.drive(loop_thread().spawn(self._turn(text, sink, timeout)))
+        with self.timed():
+            if on_update is None:
+                return loop_thread().run(self._turn(text, None, timeout, TAP.get()))
+            sink = ThreadSink(UpdateReader(on_update))
+            return sink.drive(loop_thread().spawn(self._turn(text, sink, timeout, TAP.get())))
 
     async def aprompt(self, text: str, on_update: OnUpdate | None = None, timeout: float | None = None) -> Turn:
         """`prompt` for any event loop; *on_update* is called on the pool's own and must not block it."""
-        if on_update is None:
-            return await loop_thread().arun(self._turn(text, None, timeout))
-        sink = DirectSink(UpdateReader(on_update))
-        return await loop_thread().arun(sink.drive(self._turn(text, sink, timeout)))
+        sink = None if on_update is None else DirectSink(UpdateReader(on_update))
+        turn = self._turn(text, sink, timeout, TAP.get())
+        with self.timed():
+            return await loop_thread().arun(turn if sink is None else sink.drive(turn))
 
     def cancel(self) -> bool:
         """Ask for the running turn to end; its `prompt` returns ``cancelled`` soon. False: none runs."""
@@ -144,7 +145,7 @@ class AgentBackend(Backend):
 
     # -- one turn
 
-    async def _turn(self, text: str, sink: Sink | None, timeout: float | None) -> Turn:
+    async def _turn(self, text: str, sink: Sink | None, timeout: float | None, tap: Tap | None) -> Turn:
         check_prompt(text)
         if timeout is not None:
             check_number("timeout", timeout, "must be more than 0, or None for no limit")
@@ -152,7 +153,7 @@ class AgentBackend(Backend):
         if self._cancel_asked is not None:
             raise ConfigError("a turn runs already: one at a time")
         self._cancel_asked = asked = asyncio.Event()
-        collector = Collector(sink)
+        collector = Collector(sink, tap)
         working = asyncio.ensure_future(self._prompt(text, collector))
         asking = asyncio.ensure_future(asked.wait())
         try:

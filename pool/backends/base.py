@@ -4,13 +4,14 @@ import asyncio
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pool.errors import BackendClosed
+from pool.errors import BackendClosed, CommandFailed, TurnFailed
 from pool.runtime import loop_thread, was_cancelled
 
 if TYPE_CHECKING:
@@ -139,6 +140,21 @@ class Backend(ABC):
             await asyncio.shield(self.close())
             raise BackendClosed(f"{self!r} was closed while it connected")
         self._set_status(BackendStatus.CONNECTED)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Tell the pool's observer how long a command, or a turn, took, and how it ended."""
+        if self.pool is None:
+            yield
+            return
+        started, outcome = monotonic(), "ok"
+        try:
+            yield
+        except BaseException as error:
+            outcome = "failed" if isinstance(error, CommandFailed | TurnFailed) else type(error).__name__
+            raise
+        finally:
+            self.pool.say_executed(self.kind, monotonic() - started, outcome)
 
     def track_closeable(self, resource: T) -> T:
         """Close *resource* when this backend is destroyed, last tracked first; returns it.

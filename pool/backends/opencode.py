@@ -17,6 +17,7 @@ from pool.borrowing import Borrowed
 from pool.chats import Chat
 from pool.config import check_number
 from pool.errors import BackendUnavailable, ConfigError, TurnFailed
+from pool.keys import SHARED
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,6 @@ class OpencodeBackend(AgentBackend):
         """Borrow the server, and follow what it reports about the chat's folder."""
         if self.pool is None:
             raise ConfigError("kind 'opencode' shares a server through its pool: this agent is in none")
-        from pool.manager import SHARED
-
         self._borrowed = await self.pool.aacquire_backend(SHARED, self.agent)
         self._ignore = self._server.on_status_change(self._server_changed)
         self._events = await self._server.follow(self.site.folder_path)

@@ -5,10 +5,12 @@ import codecs
 import queue
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pool.errors import ConfigError, PoolError
+from pool.interrupt import interruptible
 from pool.runtime import Call
 
 Stream = Literal["stdout", "stderr"]
@@ -17,6 +19,12 @@ OnOutput = Callable[[str | bytes, Stream], object]
 
 Text = TypeVar("Text", str, bytes)
 T = TypeVar("T")
+
+Tap = Callable[[str, bytes], object]
+"""Gets each piece of output and the name of its stream, on the event loop: must not block."""
+
+TAP: ContextVar[Tap | None] = ContextVar("pool_tap", default=None)
+"""Listens to all commands, and turns of agents, that are run from its context."""
 
 HIGH_WATER = 1 << 20
 """Bytes that may wait for a slow ``on_output``; beyond it the command is made to wait."""
@@ -104,15 +112,18 @@ class Sink(Protocol):
 class Capture:
     """Collects both streams of one command."""
 
-    def __init__(self, limit: int, sink: Sink | None = None) -> None:
+    def __init__(self, limit: int, sink: Sink | None = None, tap: Tap | None = None) -> None:
         self.streams: dict[Stream, HeadTail] = {"stdout": HeadTail(limit), "stderr": HeadTail(limit)}
         self._sink = sink
+        self._tap = tap
         self._count = 0
 
     def feed(self, stream: Stream, data: bytes) -> None:
         """Take one piece as it arrives."""
         self._count += 1
         self.streams[stream].add(self._count, data)
+        if self._tap is not None:
+            self._tap(stream, data)
         if self._sink is not None:
             self._sink.push(stream, data)
 
@@ -244,16 +255,20 @@ class ThreadSink:
         """Pass output on until the command has ended; an exception in ``on_output`` ends the command."""
         call.future.add_done_callback(lambda _: self._queue.put(None))
         try:
-            while (piece := self._queue.get()) is not None:
-                self._decoder(*piece)
-                self._taken += len(piece[1])
-                if self._resume and self._pushed - self._taken < HIGH_WATER // 2:
-                    call.owner.loop.call_soon_threadsafe(self._resume_once)
+            with interruptible(call.cancel):
+                self._read(call)
             self._decoder.finish()
         except BaseException:
             call.abandon()
             raise
         return call.wait()
+
+    def _read(self, call: Call[T]) -> None:
+        while (piece := self._queue.get()) is not None:
+            self._decoder(*piece)
+            self._taken += len(piece[1])
+            if self._resume and self._pushed - self._taken < HIGH_WATER // 2:
+                call.owner.loop.call_soon_threadsafe(self._resume_once)
 
     def _resume_once(self) -> None:
         waiting, self._resume = self._resume, []

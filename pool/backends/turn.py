@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pool.backends.output import Sink
+from pool.backends.output import Sink, Tap
 
 OnUpdate = Callable[[dict[str, Any]], object]
 """Called with each update of a turn as it comes: ``{"type": "text", "text": ...}``, or a tool, a permission, ..."""
@@ -49,10 +49,14 @@ class Turn:
 
 
 class Collector:
-    """Takes what an agent reports during one turn, and passes it on to *sink*."""
+    """Takes what an agent reports during one turn, and passes it on to *sink*.
 
-    def __init__(self, sink: Sink | None = None) -> None:
+    *tap*: gets the text as ``stdout``, and everything else as ``update``, encoded as JSON.
+    """
+
+    def __init__(self, sink: Sink | None = None, tap: Tap | None = None) -> None:
         self._sink = sink
+        self._tap = tap
         self._resume: Callable[[], None] | None = None  # of who waits for room in the sink
         self._text: list[str] = []
         self._size = 0
@@ -93,8 +97,13 @@ class Collector:
     def report(self, update: Mapping[str, Any]) -> None:
         """Pass something on to whoever follows the turn."""
         self.count += 1
+        encoded = json.dumps(update).encode()
+        if self._tap is not None and update["type"] == "text":
+            self._tap("stdout", update["text"].encode(errors="replace"))
+        elif self._tap is not None:
+            self._tap("update", encoded)
         if self._sink is not None:
-            self._sink.push("stdout", json.dumps(update).encode())
+            self._sink.push("stdout", encoded)
 
     def replace_text(self, text: str) -> None:
         """Put *text* in place of what was reported: pieces are missing."""

@@ -8,12 +8,24 @@ import asyncio
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pool.backends.base import Backend
-from pool.backends.output import Capture, Decoder, DirectSink, ExecResult, OnOutput, Sink, ThreadSink, check_encoding
+from pool.backends.output import (
+    TAP,
+    Capture,
+    Decoder,
+    DirectSink,
+    ExecResult,
+    OnOutput,
+    Sink,
+    Tap,
+    ThreadSink,
+    check_encoding,
+)
 from pool.backends.paths import normalise
 from pool.backends.process import PipedProcess
 from pool.backends.shell import check_command, check_env
@@ -69,6 +81,10 @@ class Driver(ABC):
     """Absolute; known once it is connected."""
     max_output: int = MAX_OUTPUT
     base_env: Mapping[str, str] = {}
+
+    @abstractmethod
+    def timed(self) -> AbstractContextManager[None]:
+        """Tell an observer how long the block took; see `Backend.timed`."""
 
     @abstractmethod
     async def ready(self) -> None:
@@ -152,11 +168,13 @@ class Workspace(ABC):
         Raises `CommandFailed` (unless ``check=False``), `CommandTimeout`, `BackendUnavailable` when the connection is
         lost, `BackendClosed`, `PathEscapeError`, `ConfigError`.
         """
-        if on_output is None:
-            return loop_thread().run(self._exec(command, cwd, env, timeout, check, None, encoding))
-        check_encoding(encoding)
-        sink = ThreadSink(Decoder(on_output, encoding))
-        return sink.drive(loop_thread().spawn(self._exec(command, cwd, env, timeout, check, sink, encoding)))
+        with self._driver.timed():
+            if on_output is None:
+                return loop_thread().run(self._exec(command, cwd, env, timeout, check, None, encoding, TAP.get()))
+            check_encoding(encoding)
+            sink = ThreadSink(Decoder(on_output, encoding))
+            call = self._exec(command, cwd, env, timeout, check, sink, encoding, TAP.get())
+            return sink.drive(loop_thread().spawn(call))
 
     async def aexec(
         self,
@@ -171,11 +189,10 @@ class Workspace(ABC):
     ) -> ExecResult[Any]:
         """`exec` for any event loop; *on_output* is called on the pool's own loop and must not block it."""
         check_encoding(encoding)
-        if on_output is None:
-            return await loop_thread().arun(self._exec(command, cwd, env, timeout, check, None, encoding))
-        sink = DirectSink(Decoder(on_output, encoding))
-        call = self._exec(command, cwd, env, timeout, check, sink, encoding)
-        return await loop_thread().arun(sink.drive(call))
+        sink = None if on_output is None else DirectSink(Decoder(on_output, encoding))
+        call = self._exec(command, cwd, env, timeout, check, sink, encoding, TAP.get())
+        with self._driver.timed():
+            return await loop_thread().arun(call if sink is None else sink.drive(call))
 
     async def _exec(
         self,
@@ -186,13 +203,14 @@ class Workspace(ABC):
         check: bool,
         sink: Sink | None,
         encoding: str | None,
+        tap: Tap | None,
     ) -> ExecResult[Any]:
         check_command(command)
         check_encoding(encoding)
         own_env = check_env(env)
         if timeout is not None:
             check_number("timeout", timeout, "must be more than 0, or None for no limit")
-        capture = Capture(self._driver.max_output, sink)
+        capture = Capture(self._driver.max_output, sink, tap)
         started = monotonic()
         try:
             async with asyncio.timeout(timeout) as clock:
@@ -368,6 +386,9 @@ class WorkspaceBackend(Workspace, Driver, Backend):
     @property
     def _driver(self) -> Driver:  # type: ignore[override]
         return self
+
+    def timed(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        return Backend.timed(self)
 
     async def ready(self) -> None:
         """Connect on first use, and again after the connection was lost."""

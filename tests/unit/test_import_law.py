@@ -11,7 +11,10 @@ import pytest
 import pool
 
 ROOT = Path(pool.__file__).parents[1]
-CORE = "manager lifecycle groups room invariants entry borrowing runtime config errors stats keys hosts chats".split()
+CORE = (
+    "manager lifecycle groups room invariants entry borrowing runtime config errors stats keys hosts chats observer"
+    " snapshot interrupt"
+).split()
 SOURCES = sorted([*(ROOT / "pool").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")])
 
 

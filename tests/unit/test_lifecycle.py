@@ -839,7 +839,7 @@ def test_shutdown_sends_everybody_away_and_closes_what_is_idle():
     world = World(max_backends=3)
     busy, idle = world.hold("a", Thing(max_users=1)), world.rest("b")
     waiters = [world.ask("a"), world.ask("c"), world.ask("d")]
-    world.life.shutdown(world.effects)
+    world.life.shutdown(world.now, world.effects)
     world.life.check_invariants()
     assert [type(waiter.error) for waiter in waiters] == [BackendClosed] * 3
     assert {id(effect.waiter) for effect in world.take(Wake)} >= {id(waiter) for waiter in waiters}
@@ -854,7 +854,7 @@ def test_after_shutdown_a_release_closes():
     """Nobody comes after this user."""
     world = World()
     entry = world.hold()
-    world.life.shutdown(world.effects)
+    world.life.shutdown(world.now, world.effects)
     world.release(entry)
     assert world.closed() == [entry.backend]
     assert world.life.total == 0
@@ -864,8 +864,8 @@ def test_close_rest_closes_under_the_users():
     """Their release afterwards does nothing."""
     world = World()
     entry, retired = world.hold(config={"n": 1}), world.hold(config={"n": 2})
-    world.life.shutdown(world.effects)
-    assert set(world.life.close_rest(world.effects)) == {entry, retired}
+    world.life.shutdown(world.now, world.effects)
+    assert set(world.life.close_rest(world.now, world.effects)) == {entry, retired}
     assert len(world.closed()) == 2
     world.release(entry)
     assert world.closed() == []
@@ -876,7 +876,7 @@ def test_after_shutdown_a_warm_backend_takes_nobody_new():
     """The grace is for those who have it, or it would never end."""
     world = World()
     entry = world.hold()
-    world.life.shutdown(world.effects)
+    world.life.shutdown(world.now, world.effects)
     assert world.warm() is None
     assert entry.users == 1
 
@@ -944,7 +944,7 @@ def test_shutdown_counts_a_connect_until_it_has_ended(checking, outcome):
         world.rest()
         world.now += 30
     world.ask()
-    world.life.shutdown(world.effects)
+    world.life.shutdown(world.now, world.effects)
     assert world.take(Close) == []
     assert world.life.total == 1
     if outcome == "connected":

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pool.backends.base import Capabilities
 from pool.config import GroupLimit, PoolConfig
-from pool.entry import Close, Connect, Entry, Waiter, Wake
+from pool.entry import Close, Connect, Entry, Tell, Waiter, Wake
 from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, ConfigError, PoolError
 from pool.groups import Group
 from pool.lifecycle import Lifecycle
@@ -62,6 +62,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         )
         self.now = 0.0
         self.alive: set[Thing] = set()
+        self.told: set[Thing] = set()
         self.connecting: list[Connect] = []
         self.closing: list[Close] = []
         self.waiting: list[Waiter] = []
@@ -69,6 +70,14 @@ class LifecycleMachine(RuleBasedStateMachine):
         self.forced = False  # close_rest may close under users
 
     # -- what the driver does
+
+    def hear(self, tell: Tell) -> None:
+        """A backend is created once and ends once; after it was evicted, nothing else is told of it."""
+        if tell.what == "created":
+            assert tell.backend not in self.told
+            self.told.add(tell.backend)
+        elif tell.what in ("evicted", "closed") and tell.backend is not None:
+            self.told.remove(tell.backend)
 
     def decide(self, call: Any, *args: Any, grows: int = 0) -> Any:
         """Let the lifecycle decide, check what it asks for, and keep it for later."""
@@ -90,6 +99,8 @@ class LifecycleMachine(RuleBasedStateMachine):
                     assert effect.backend not in [close.backend for close in self.closing], "closed twice"
                     self.check_unused(effect.backend)
                     self.closing.append(effect)
+                elif isinstance(effect, Tell):
+                    self.hear(effect)
                 else:
                     self.served(effect)
             assert self.life.total <= max(before + grows, self.life.config.max_backends), "beyond the cap"
@@ -305,14 +316,14 @@ class LifecycleMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.now > 100)
     @rule()
     def shutdown(self) -> None:
-        self.decide(self.life.shutdown)
+        self.decide(self.life.shutdown, self.now)
         assert not self.waiting
 
     @precondition(lambda self: self.life.shut)
     @rule()
     def close_rest(self) -> None:
         self.forced = True
-        self.decide(self.life.close_rest)
+        self.decide(self.life.close_rest, self.now)
         self.forced = False
 
     # -- what holds after every event
@@ -389,14 +400,15 @@ class LifecycleMachine(RuleBasedStateMachine):
             return
         while self.held:
             self.release(0)
-        self.decide(self.life.shutdown)
-        self.decide(self.life.close_rest)
+        self.decide(self.life.shutdown, self.now)
+        self.decide(self.life.close_rest, self.now)
         while self.connecting:
             self.connect_ends(0, "good", None)
         while self.closing:
             self.close_ends(0)
         assert not self.waiting
         assert not self.alive, "leaked"
+        assert not self.told, "nobody was told of its end"
         assert self.life.total == 0
         assert self.life.groups == {}
         assert not self.life.live
