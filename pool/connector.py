@@ -89,7 +89,6 @@ class Connector(Generic[B]):
             backend.trust = self._trust
         if self._pool is not None:
             backend.pool = self._pool
-        started = monotonic()
         limit = self._settings().connect_timeout if backend.open_timeout is None else backend.open_timeout
         try:
             async with asyncio.timeout(limit) as clock:
@@ -99,8 +98,6 @@ class Connector(Generic[B]):
             if isinstance(error, TimeoutError) and clock.expired():
                 raise BackendUnavailable(f"no connection within {limit:g} s", "timeout", 0.0) from error
             raise
-        took = 1e3 * (monotonic() - started)
-        logger.info("backend %r of key %r connected in %.0f ms", entry.identity[1], entry.identity[0], took)
         self.watch(backend)
         return backend
 

@@ -446,8 +446,8 @@ class LeaseMachine:
         count = sum(1 for owner in target.values() if owner == node)
         place = 1 + by_rank(shard, names).index(node) if node in names else 0
         return (
-            f"it belongs to {node}: number {place} of {len(names)} nodes by rendezvous hash for this shard, with {count} of"
-            f" {self.shards} shards; an even share is {self.shards / max(1, len(names)):.4g}, and what is even stays"
+            f"it belongs to {node}: number {place} of {len(names)} nodes by rendezvous hash for this shard, with"
+            f" {count} of {self.shards} shards; an even share is {self.shards / max(1, len(names)):.4g}, and what is even stays"
         )
 
     def check_invariants(self, now: float) -> None:

@@ -3,8 +3,8 @@
 from time import time
 from typing import Any
 
-from pool.sharding.hashing import key_hash, shard_of
 from pool.sharding.handoff import Source
+from pool.sharding.hashing import key_hash, shard_of
 from pool.sharding.ownership import now
 from pool.worker.report import report_of
 

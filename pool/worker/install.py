@@ -19,9 +19,9 @@ from pool.sharding.hashing import shard_of
 from pool.sharding.ownership import FOREVER, Ownership
 from pool.worker import rabbitmq
 from pool.worker.agreement import Agreement
+from pool.worker.board import Board
 from pool.worker.chats import chats_for
 from pool.worker.consumption import Consumption
-from pool.worker.board import Board
 from pool.worker.guard import Guard
 from pool.worker.hub import HubCalls
 from pool.worker.line import Line
@@ -214,7 +214,9 @@ class WarmPool:
         guard = Guard(self.ownership, pool)
         if self.settings.leased:
             guard.watch()
-        line.listen({"look": guard.look, "cancel": self._running.cancel, "sweep": lambda: loop_thread().spawn(pool.asweep())})
+        line.listen(
+            {"look": guard.look, "cancel": self._running.cancel, "sweep": lambda: loop_thread().spawn(pool.asweep())}
+        )
         if not self.in_process:
             loop_thread().spawn(Report(self).post())
 

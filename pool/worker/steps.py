@@ -37,7 +37,7 @@ class Steps(Observer):
             agent=step.agent,
             kind=step.kind,
             shard=shard,
-            epoch=None if shard is None else ownership.epoch(shard),
+            epoch=None if shard is None else ownership.epoch(shard) or None,
             reason=step.reason,
             seconds=round(step.seconds, 6),
         )
@@ -56,10 +56,23 @@ class Steps(Observer):
     def _tell(self, title: str, what: str, **fields: Any) -> None:
         fields["node"] = self._extension.node
         if logger.isEnabledFor(logging.INFO):
-            words = " ".join(f"{name}={value}" for name, value in fields.items() if value not in (None, ""))
+            words = " ".join(f"{name}={_short(value)}" for name, value in fields.items() if value not in (None, ""))
             extra = {f"pool_{name}": value for name, value in fields.items()}
             logger.info("%s: %s", title, words, extra={"pool_step": what, **extra})
         self._events.send(f"backend-pool-{what}", fields)
+
+
+def _short(value: Any) -> Any:
+    """Numbers in ascending order as ranges: ``0-31,40``."""
+    if not isinstance(value, list):
+        return value
+    ranges: list[list[int]] = []
+    for number in value:
+        if ranges and ranges[-1][-1] == number - 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return ",".join("-".join(map(str, each)) for each in ranges)
 
 
 class Events:

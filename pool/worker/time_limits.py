@@ -6,7 +6,6 @@ ended there; one that computes is ended when it next comes to a door of the pool
 
 import asyncio
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
@@ -57,8 +56,11 @@ class TimeLimits:
 
     def over(self) -> None:
         """The run has ended."""
-        cancel: Callable[[], Any] = lambda: [timer.cancel() for timer in self._timers]  # noqa: E731
-        self._loop.call_soon_threadsafe(cancel)
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
 
 
 def limits_of(task: Any, request: Any, default: Limits) -> Limits:
