@@ -93,7 +93,8 @@ def interruptible(wake: Callable[[], object]) -> Iterator[None]:
             try:
                 interrupt.check()
             except BaseException as interrupted:
-                raise interrupted from error
+                if interrupted is not error:
+                    raise interrupted from error
             raise
 
 

@@ -445,9 +445,10 @@ class LeaseMachine:
         names = sorted(member.node for member in members.values() if member.state == "active")
         count = sum(1 for owner in target.values() if owner == node)
         place = 1 + by_rank(shard, names).index(node) if node in names else 0
+        share = self.shards / max(1, len(names))
         return (
             f"it belongs to {node}: number {place} of {len(names)} nodes by rendezvous hash for this shard, with"
-            f" {count} of {self.shards} shards; an even share is {self.shards / max(1, len(names)):.4g}, and what is even stays"
+            f" {count} of {self.shards} shards; an even share is {share:.4g}, and what is even stays"
         )
 
     def check_invariants(self, now: float) -> None:

@@ -20,6 +20,7 @@ from pool.backends.turn import OnUpdate, Session, Turn
 from pool.borrowing import Borrowed
 from pool.chats import Begun, Chat, ChatStore
 from pool.errors import AcquireTimeout, BackendClosed, BackendUnavailable, ConfigError, NotOwner, PoolError
+from pool.interrupt import check_interrupt, interruptible
 from pool.manager import BackendPoolManager
 from pool.runtime import fork_count
 from pool.sharding.hashing import shard_of
@@ -61,6 +62,11 @@ class _OfProcess:
         self.watch: CancelWatch | None = None
         self.busy: set[str] = set()  # chats with a turn, or a close, under way
         self.free = threading.Condition()
+
+    def notify(self) -> None:
+        """Have those look again who wait for a chat."""
+        with self.free:
+            self.free.notify_all()
 
 
 class Chats:
@@ -167,18 +173,19 @@ class Chats:
         """One turn, or one close, of a chat at a time. Raises `AcquireTimeout` after *timeout* seconds."""
         deadline = monotonic() + timeout
         here = self._here
-        with here.free:
+        with interruptible(here.notify), here.free:
             while key in here.busy:
                 left = min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
                 if not here.free.wait(left) and key in here.busy:
                     raise AcquireTimeout(f"another turn of chat {key!r} still runs after {timeout:g} s", "turn")
+                check_interrupt()
             here.busy.add(key)
         try:
             yield
         finally:
             with here.free:
                 here.busy.discard(key)
-                here.free.notify_all()
+            here.notify()
 
     # -- closing
 

@@ -150,7 +150,7 @@ def test_the_log_of_a_node_holds_no_commands(producer: Producer, key: str) -> No
     """A command may hold a token of its user: it is in no log line, and neither is the script around it."""
     producer.built(key, "TOKEN=abc123xyz true")
     log = producer.worker.logs()
-    assert "connected in" in log
+    assert "backend created: key=" in log
     assert "abc123xyz" not in log
     assert "/bin/sh" not in log
 

@@ -32,4 +32,6 @@ def test_a_node_without_a_redis_for_its_leases_is_refused_with_the_way_out() -> 
     app = Celery("test", broker="memory://", set_as_current=False)
     extension = install(app, Settings())
     with pytest.raises(ConfigError, match=r"POOL_REDIS_URL is not set.*POOL_NODE_SHARDS"):
-        extension.prepare_worker(SimpleNamespace(app=app, hostname="node@host"))
+        extension.prepare_worker(
+            SimpleNamespace(app=app, hostname="node@host", task_events=True, time_limit=None, soft_time_limit=None)
+        )

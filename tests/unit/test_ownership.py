@@ -13,6 +13,7 @@ from pool.runtime import loop_thread
 from pool.sharding.hashing import shard_of
 from pool.sharding.ownership import FOREVER, Ownership, now
 from pool.worker.guard import Guard
+from pool.worker.line import Line
 from pool.worker.hub import HubCalls
 from tests.support.waiting import wait_until
 
@@ -83,11 +84,12 @@ def pool():
 def guard(board, pool):
     board.hold(1, 5)
     board.hold(2, 5)
-    guard = Guard(board)
-    watching = guard.watch(pool)
-    yield guard
-    watching.abandon()
-    guard.close()
+    guard, line = Guard(board, pool), Line()
+    calls = guard.watch(), line.listen({"look": guard.look})
+    yield line
+    for call in calls:
+        call.abandon()
+    line.close()
 
 
 def test_the_guard_closes_backends_of_dropped_shards_and_no_others(board, pool, guard):
