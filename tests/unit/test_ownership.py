@@ -13,8 +13,8 @@ from pool.runtime import loop_thread
 from pool.sharding.hashing import shard_of
 from pool.sharding.ownership import FOREVER, Ownership, now
 from pool.worker.guard import Guard
-from pool.worker.line import Line
 from pool.worker.hub import HubCalls
+from pool.worker.line import Line
 from tests.support.waiting import wait_until
 
 SHARDS = 8
