@@ -2,6 +2,7 @@
 
 A task names them, `PooledTask.secrets`. Celery shows arguments in its log, its events (which Flower lists), the answers
 of ``inspect``, and in a broker's message beside the arguments themselves: those are there, for the worker needs them.
+Celery's setting ``result_extended`` puts arguments into results as they are: leave it off (the default).
 """
 
 import logging
@@ -53,10 +54,8 @@ _LENGTH = 1024
 """Characters; as Celery's `AMQP.argsrepr_maxsize`."""
 
 
-class NoArguments(logging.Filter):
-    """For the logger ``celery.pool``: at DEBUG it writes down whole messages, cut off at 1024 characters."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.msg, str) and record.msg.startswith("TaskPool: Apply"):
-            record.args = (record.args[0], HIDDEN, HIDDEN) if isinstance(record.args, tuple) else ()
-        return True
+def without_arguments(record: logging.LogRecord) -> bool:
+    """A filter for the logger ``celery.pool``: at DEBUG it writes down messages, cut off at 1024 characters."""
+    if isinstance(record.msg, str) and record.msg.startswith("TaskPool: Apply") and isinstance(record.args, tuple):
+        record.args = (record.args[0], HIDDEN, HIDDEN)
+    return True
