@@ -8,7 +8,14 @@ from celery import shared_task
 from pool import CommandFailed, CommandTimeout, PooledTask
 
 
-@shared_task(base=PooledTask, bind=True, key="user_id", progress=True, throws=(CommandFailed, CommandTimeout))
+@shared_task(
+    base=PooledTask,
+    bind=True,
+    key="user_id",
+    secrets=("env",),
+    progress=True,
+    throws=(CommandFailed, CommandTimeout),
+)
 def run_build(
     self: PooledTask,
     user_id: str,
@@ -22,9 +29,9 @@ def run_build(
 ) -> dict[str, Any]:
     """Run *cmd* by ``/bin/sh`` on the backend of *user_id*, below ``projects/<project>`` if a project is given.
 
-    *timeout*: seconds, then the command and all that it started is killed. Returns ``exit_code``, ``output`` (both
-    streams as they came), ``truncated``, ``duration_s``, ``warm`` (the backend was connected before), ``key``,
-    ``node`` and ``pid`` of the worker process.
+    *env*: may hold secrets; logs, events and Flower show ``***`` for its values. *timeout*: seconds, then the command
+    and all that it started is killed. Returns ``exit_code``, ``output`` (both streams as they came), ``truncated``,
+    ``duration_s``, ``warm`` (the backend was connected before), ``key``, ``node`` and ``pid`` of the worker process.
 
     Fails with `CommandFailed` (exit code and the end of stderr in its message; not with ``check=False``),
     `CommandTimeout`, `PathEscapeError`, `FileMissing` (no such *cwd*), `ConfigError`. While the host is unavailable

@@ -17,6 +17,7 @@ from pool.errors import ConfigError
 from pool.worker import rabbitmq
 from pool.worker.control import stats_reply
 from pool.worker.execution import check_execution_pool, interruptible, with_turns
+from pool.worker.masking import without_arguments
 from pool.worker.takeover import in_hand
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class BackendPoolStep(bootsteps.StartStopStep):
                 limits = {"time_limit": worker.time_limit, "soft_time_limit": worker.soft_time_limit}
                 rabbitmq.check_time_limits(worker.app, self.extension.settings.consumer_timeout, limits)
             self.extension.prepare_worker(worker, in_process=in_process)
+        logging.getLogger("celery.pool").addFilter(without_arguments)
         if worker.pool_cls.__module__.endswith(".thread"):
             worker.pool_cls = with_turns(worker.pool_cls, self.extension)
         if self.in_process:

@@ -9,7 +9,7 @@ from pool.config import Settings
 from pool.errors import ConfigError, InvalidKey
 from pool.keys import check_key
 from pool.sharding.hashing import queue_name, shard_of
-from pool.worker import rabbitmq
+from pool.worker import masking, rabbitmq
 
 KEY_HEADER = "pool_key"
 """Message header by which a producer that does not know the task's code names the key."""
@@ -64,6 +64,8 @@ class ShardRouter:
             return None
         self.agreed()
         shard, key = found
+        for option, text in masking.shown(task, args or (), kwargs or {}).items():
+            options.setdefault(option, text)  # what Celery puts in events, and beside the arguments in the message
         if key is not None:
             options["headers"] = {**headers, KEY_HEADER: key}  # whoever receives it need not decode the arguments
         queue = self.queues[shard]

@@ -22,6 +22,7 @@ from pool.errors import (
 from pool.keys import check_key
 from pool.manager import BackendPoolManager
 from pool.sharding.hashing import shard_of
+from pool.worker.masking import masked
 from pool.worker.router import KEY_HEADER
 
 if TYPE_CHECKING:
@@ -63,14 +64,18 @@ class PooledTask(Task):
     key: str | None = None
     shard: str | None = None
     """Instead of *key*: names an argument that is the number of a shard; for maintenance."""
+    secrets: Sequence[str] = ()
+    """Names arguments whose values logs, events, Flower and ``inspect`` show as ``***``; see `pool.worker.masking`."""
+
+    Request = "pool.worker.masked_request:MaskedRequest"  # imported by workers only
 
     @classmethod
     def on_bound(cls, app: Any) -> None:
-        """Check at start that the argument exists. Raises `ConfigError`."""
+        """Check at start that the arguments exist. Raises `ConfigError`."""
         super().on_bound(app)
-        for field in ("key", "shard"):
-            name = getattr(cls, field)
-            known = list(_parameters(cls))
+        known = list(_parameters(cls))
+        named = [("key", cls.key), ("shard", cls.shard), *(("secrets", name) for name in cls.secrets)]
+        for field, name in named:
             if name is not None and name not in known:
                 raise ConfigError(f"task {cls.name}: {field}={name!r} is not one of its arguments ({', '.join(known)})")
 
@@ -106,6 +111,10 @@ class PooledTask(Task):
         request = self.request
         key = self.key_argument(request.args or (), request.kwargs or {})
         return check_key(request.get(KEY_HEADER) if key is None else key)
+
+    def masked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return the arguments as they may be shown; None: as they are, there is no secret among them."""
+        return masked(self.secrets, list(_parameters(type(self))), args, kwargs) if self.secrets else None
 
     # -- the backend
 
