@@ -40,21 +40,27 @@ class TracingObserver(Observer):
         """Not of any task."""
 
     def acquired(self, key: str, agent: str, seconds: float, *, warm: bool, error: str = "") -> None:
-        self._span("acquire", seconds, error, {**self._whose(key, agent), "backend_pool.warm": warm})
+        if self._traced():
+            self._span("acquire", seconds, error, {**self._whose(key, agent), "backend_pool.warm": warm})
 
     def connected(self, key: str, agent: str, kind: str, seconds: float, error: str = "") -> None:
-        self._span("connect", seconds, error, {**self._whose(key, agent), "backend_pool.kind": kind})
+        if self._traced():
+            self._span("connect", seconds, error, {**self._whose(key, agent), "backend_pool.kind": kind})
 
     def executed(self, kind: str, seconds: float, outcome: str) -> None:
-        error = "" if outcome in ("ok", "failed") else outcome
-        self._span("exec", seconds, error, {"backend_pool.kind": kind, "backend_pool.outcome": outcome})
+        if self._traced():
+            error = "" if outcome in ("ok", "failed") else outcome
+            self._span("exec", seconds, error, {"backend_pool.kind": kind, "backend_pool.outcome": outcome})
+
+    def _traced(self) -> bool:
+        """Whether there is a span to belong to: a trace of one span tells nothing, and mostly nobody traces at all."""
+        current = self._trace.get_current_span()
+        return current is not self._trace.INVALID_SPAN and bool(current.get_span_context().is_valid)
 
     def _whose(self, key: str, agent: str) -> dict[str, Any]:
         return {"backend_pool.agent": agent, **({"backend_pool.key": key} if self._with_key else {})}
 
     def _span(self, name: str, seconds: float, error: str, attributes: dict[str, Any]) -> None:
-        if not self._trace.get_current_span().get_span_context().is_valid:
-            return  # nobody traces, or nothing to belong to: a trace of one span tells nothing
         end = time_ns()
         start = end - int(seconds * 1e9)
         if error:

@@ -296,7 +296,9 @@ def test_a_broken_observer_keeps_nothing_from_the_others(caplog: pytest.LogCaptu
 
 
 def run_python(script: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
