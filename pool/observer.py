@@ -1,7 +1,8 @@
 """What a pool tells of while it works: steps in the lives of its backends, and how long things took."""
 
 import logging
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 logger = logging.getLogger("pool.steps")
 
@@ -48,3 +49,34 @@ class Observer:
 
         *kind*: of backend. *outcome*: ``ok``, ``failed`` (exit code), or the name of the class of what was raised.
         """
+
+
+class Observers(Observer):
+    """Tells each of several observers, in order. What one raises is logged and keeps nothing from the others."""
+
+    def __init__(self, *observers: Observer) -> None:
+        # Who does not listen is not called: an acquire of a warm backend costs no more than this loop.
+        self._step = [o.step for o in observers]
+        self._acquired = [o.acquired for o in observers if type(o).acquired is not Observer.acquired]
+        self._connected = [o.connected for o in observers if type(o).connected is not Observer.connected]
+        self._executed = [o.executed for o in observers if type(o).executed is not Observer.executed]
+
+    def step(self, step: Step) -> None:
+        self._tell(self._step, step)
+
+    def acquired(self, key: str, agent: str, seconds: float, *, warm: bool, error: str = "") -> None:
+        self._tell(self._acquired, key, agent, seconds, warm=warm, error=error)
+
+    def connected(self, key: str, agent: str, kind: str, seconds: float, error: str = "") -> None:
+        self._tell(self._connected, key, agent, kind, seconds, error)
+
+    def executed(self, kind: str, seconds: float, outcome: str) -> None:
+        self._tell(self._executed, kind, seconds, outcome)
+
+    @staticmethod
+    def _tell(methods: Iterable[Callable[..., None]], *what: Any, **more: Any) -> None:
+        for method in methods:
+            try:
+                method(*what, **more)
+            except Exception:
+                logger.exception("an observer of the pool failed: %s", getattr(method, "__qualname__", method))

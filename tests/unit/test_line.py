@@ -56,7 +56,7 @@ def test_a_listener_that_is_killed_leaves_no_half_message(line):
     line.say("say", n=1)
     os.waitpid(child, 0)
     heard = []
-    call = line.listen({"say": lambda n: heard.append(n)})
+    call = line.listen({"say": lambda n: heard.insert(0, n)})
     line.say("say", n=2)
     wait_until(lambda: heard == [2], "the second is heard")
     call.abandon()
