@@ -37,6 +37,7 @@ from redis.exceptions import NoScriptError
 
 from pool.errors import ConfigError
 from pool.sharding.lease import Answer, Lease, Member, Request, Terms
+from pool.sharding.table import KEYS, LOOK, Table
 
 SCRIPT = r"""
 local meta, alive, members, leases, changes, dead = unpack(KEYS)
@@ -239,6 +240,11 @@ class RedisStore:
         except NoScriptError:  # a server that was restarted
             answer = await self.client.eval(SCRIPT, len(self._keys), *arguments)
         return self._read(answer)
+
+    async def read(self) -> Table:
+        """Return the whole table and change nothing. Raises what redis-py raises."""
+        call: Any = self.client.eval(LOOK, len(KEYS), *keys_of(self.namespace, *KEYS))
+        return Table.of(await call)
 
     def _wire(self, request: Request) -> dict[str, Any]:
         """Epochs travel as text: they have 16 digits, and Lua's JSON keeps 14."""

@@ -1,0 +1,51 @@
+"""``pool doctor``: what is wrong with the deployment, and what to do."""
+
+from dataclasses import asdict
+from importlib import import_module
+from typing import Any
+
+import click
+from rich.console import Group
+from rich.padding import Padding
+from rich.text import Text
+
+from pool.cli.command import OK, UNUSABLE, WRONG, command
+from pool.cli.screen import Screen
+from pool.cli.words import plain
+
+STYLES = {"ok": "green", "info": "cyan", "warning": "yellow", "error": "bold red"}
+CODES = {"ok": OK, "info": OK, "warning": WRONG, "error": UNUSABLE}
+
+
+@command
+@click.option("--fix", is_flag=True, help="Also do what is safe to do.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For each check; they run side by side.",
+)
+def doctor(app: Any, screen: Screen, fix: bool, timeout: float) -> int:
+    """Examine broker, Redis, hosts, settings, nodes and left-overs; say what to do about each finding.
+
+    Exits with 0, 1 if the worst finding is a warning, 2 if it is an error.
+    """
+    examiner: Any = import_module("pool.doctor")
+    findings = examiner.diagnose(app, fix=fix, timeout=timeout)
+    worst = str(examiner.worst(findings))
+    screen.tell({"worst": worst, "findings": [asdict(finding) for finding in findings]})
+    screen.show(*(_shown(finding) for finding in findings))
+    return CODES[worst]
+
+
+def _shown(finding: Any) -> Any:
+    level = "fixed" if finding.fixed else finding.level
+    style = "green" if finding.fixed else STYLES[finding.level]
+    parts: list[Any] = [Text.assemble((f"{level:<8}", style), plain(finding.what))]
+    if finding.why:
+        parts.append(Padding(Text(plain(finding.why), "dim"), (0, 0, 0, 8)))
+    if finding.fix:
+        parts.append(Padding(Text.assemble(("fix: ", "bold"), plain(finding.fix)), (0, 0, 0, 8)))
+    return Group(*parts)
