@@ -9,8 +9,9 @@ from pool.cli.command import OK, WRONG, command, timeout_option
 from pool.cli.nodes import Nodes, Replies
 from pool.cli.screen import Cell, Screen, grid
 from pool.cli.words import count, duration
+from pool.manager import DEFAULT_AGENT
 
-COLUMNS = ("key", "agent", "node", "shard", "state", "for", "users", "waiting", "uses", "age", "MB")
+COLUMNS = ("key", "backend", "node", "shard", "state", "for", "users", "waiting", "uses", "age", "MB")
 NUMBERS = ("shard", "for", "users", "waiting", "uses", "age", "MB")
 
 
@@ -49,7 +50,7 @@ def table(rows: Iterable[dict[str, Any]], width: int) -> Any:
 def _row(row: dict[str, Any]) -> list[Cell]:
     return [
         row["key"],
-        row.get("agent") or row.get("kind") or "",
+        name(row),
         row["node"],
         count(row.get("shard")),
         state(row),
@@ -62,8 +63,14 @@ def _row(row: dict[str, Any]) -> list[Cell]:
     ]
 
 
+def name(row: dict[str, Any]) -> str:
+    """Return what it is: its agent, or the kind of a key's plain backend."""
+    agent, kind = row.get("agent"), row.get("kind")
+    return str(kind or agent if agent in (None, DEFAULT_AGENT) else agent)
+
+
 def state(row: dict[str, Any]) -> tuple[str, str]:
     """Say what a backend does, and in colour how well it is."""
-    if row.get("status") not in (None, "connected", "connecting") and row["state"] in ("idle", "busy"):
+    if row.get("status") not in (None, "", "connected", "connecting") and row["state"] in ("idle", "busy"):
         return f"{row['state']}, {row['status']}", "bold red"
     return row["state"], {"busy": "yellow", "idle": "green"}.get(row["state"], "")

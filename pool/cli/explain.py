@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pool.cli.backends import state
+from pool.cli.backends import name, state
 from pool.cli.command import OK, WRONG, command, timeout_option
 from pool.cli.nodes import Nodes
 from pool.cli.screen import Cell, Screen, facts
@@ -100,8 +100,7 @@ def _facts(told: dict[str, Any]) -> Iterator[tuple[str, Cell | list[Cell]]]:
 def _backend(row: dict[str, Any]) -> Cell:
     text, style = state(row)
     since = duration(row["busy_s"] if row.get("busy_s") is not None else row.get("idle_s"))
-    name = row.get("agent") or row.get("kind") or "backend"
-    told = f"{name} {text} for {since or '0 s'}, {row.get('uses')} uses, open for {duration(row.get('age_s'))}"
+    told = f"{name(row)}: {text} for {since or '0 s'}, {row.get('uses')} uses, open for {duration(row.get('age_s'))}"
     return told, style
 
 

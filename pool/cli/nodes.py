@@ -171,6 +171,7 @@ class _Question:
                     timeout=self._timeout,
                     producer=Producer(channel, auto_declare=False),
                 )
+                channel.brpop_timeout = LINGER  # on Redis, closing the channel waits for a read that is under way
                 while self._missing or not known:
                     if not self._drain(connection, self._deadline):
                         return self._answers

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -75,12 +75,11 @@ def grid(
     of numbers.
     """
     cells = [[_text(cell) for cell in row] for row in rows]
-    widths = [
-        max([cell_len(title), *(row[index].cell_len for row in cells)]) + 2 for index, title in enumerate(columns)
-    ]
-    if sum(widths) - 2 > width:
-        return Group(*(_card(columns, row) for row in cells))
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    widths = [max([cell_len(title), *(row[index].cell_len for row in cells)]) for index, title in enumerate(columns)]
+    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
+    if sum(widths) + gap * (len(widths) - 1) > width:
+        return Group(*(line for row in cells for line in _card(width, columns, row)))
+    table = Table(box=None, padding=(0, gap, 0, 0), header_style="bold", pad_edge=False)
     for title in columns:
         table.add_column(title, justify="right" if title in right else "left", no_wrap=True)
     for row in cells:
@@ -100,21 +99,23 @@ def facts(pairs: Iterable[tuple[str, Cell | Sequence[Cell]]]) -> RenderableType:
     return table
 
 
-def _card(columns: Sequence[str], row: Sequence[Text]) -> RenderableType:
+def _card(width: int, columns: Sequence[str], row: Sequence[Text]) -> Iterator[Text]:
+    """One row as lines of names and values; a pair stays together where it can."""
     heads = 1 if columns[0] else 2  # a mark without a title goes with what it marks
     head = Text("  ").join(row[:heads])
     head.stylize("bold")
-    told = Text()
+    yield head
+    line = Text()
     for title, cell in zip(columns[heads:], row[heads:], strict=True):
-        if cell.plain:
-            value = Text.assemble(f"{title} " if title else "", cell)
-            value.plain = value.plain.replace(" ", "\xa0")  # a pair stays together
-            told.append_text(value).append("  ")
-    told.rstrip()
-    body = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
-    body.add_column(overflow="fold")
-    body.add_row(told)
-    return Group(head, body)
+        if not cell.plain:
+            continue
+        pair = Text.assemble("  ", title, " ", cell)
+        if line and line.cell_len + pair.cell_len > width:
+            yield line
+            line = Text()
+        line.append_text(pair)
+    if line:
+        yield line
 
 
 def _text(cell: Cell) -> Text:

@@ -12,9 +12,9 @@ from pool.cli.screen import Cell, Screen, grid
 from pool.cli.words import count, duration, many, percent, plain
 
 COLUMNS = (
-    "", "node", "state", "shards", "backends", "busy", "idle", "waiting", "running", "warm", "oldest busy", "renewed"
+    "", "node", "state", "shards", "backends", "busy", "idle", "waiting", "running", "warm", "oldest", "lease"
 )  # fmt: skip
-NUMBERS = ("shards", "backends", "busy", "idle", "waiting", "running", "warm", "oldest busy", "renewed")
+NUMBERS = COLUMNS[3:]
 MAPPED = 512
 """Shards whose owners are shown one by one, at most."""
 ROW = 64
@@ -50,7 +50,6 @@ def parts(found: Overview, screen: Screen) -> Iterator[Any]:
 def _row(node: dict[str, Any], letter: str) -> list[Cell]:
     state = node["state"]
     style = {"no answer": "bold red", "draining": "yellow"}.get(state, "green")
-    renewed = node.get("lease_age_s")
     return [
         letter,
         node["node"],
@@ -63,7 +62,7 @@ def _row(node: dict[str, Any], letter: str) -> list[Cell]:
         count(node.get("running")),
         percent(node.get("hit_rate")),
         duration(node.get("oldest_busy_s")) if node.get("busy") else "",
-        "" if renewed is None else f"{duration(renewed)} ago",
+        duration(node.get("lease_age_s")),
     ]
 
 
@@ -92,8 +91,9 @@ def _shards(found: Overview, names: dict[str, str], width: int) -> Iterator[Any]
 def totals(found: Overview) -> str:
     """Everything of all nodes that answer, in one sentence."""
     sums = found.totals
+    warm = percent(sums["hit_rate"])
     return (
         f"{many(found.answering, 'node')} answering: {many(sums['total'], 'backend')}, {count(sums['busy'])} busy,"
-        f" {count(sums['idle'])} idle; {many(sums['running'], 'task')} running, {count(sums['waiting'])} waiting;"
-        f" {percent(sums['hit_rate']) or 'none'} warm."
+        f" {count(sums['idle'])} idle; {many(sums['running'], 'task')} running, {count(sums['waiting'])} waiting"
+        f"{f', {warm} warm' if warm else ''}."
     )
