@@ -15,6 +15,7 @@ from redis.retry import Retry
 
 from pool.config import Settings
 from pool.doctor.checks import Unreachable
+from pool.doctor.finding import said
 from pool.doctor.table import LeaseTable
 from pool.errors import ConfigError
 from pool.sharding.redis_store import plain_url
@@ -57,7 +58,7 @@ class Deployment:
             try:
                 connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
             except (KombuError, RedisError, OSError) as error:
-                raise Unreachable(f"The broker {connection.as_uri()} cannot be reached: {error}") from error
+                raise Unreachable(f"The broker {connection.as_uri()} cannot be reached: {said(error)}") from error
             yield connection
 
     def redis(self, url: str) -> "Redis":
@@ -78,7 +79,7 @@ class Deployment:
             with self.redis(str(self.settings.redis_url)) as client:
                 return LeaseTable.read(client, self.settings.namespace)
         except (RedisError, OSError, ConfigError) as error:
-            raise Unreachable(f"The lease table cannot be read: {error}") from error
+            raise Unreachable(f"The lease table cannot be read: {said(error)}") from error
 
     def answering(self) -> set[str]:
         """Names of the workers on this broker that answer a ping. Asked once. Raises `Unreachable`."""

@@ -51,6 +51,11 @@ def many(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def said(problem: BaseException) -> str:
+    """Return the text of an error without a full stop at its end, which is the sentence's."""
+    return str(problem).rstrip(". ")
+
+
 def worst(findings: Iterable[Finding]) -> Level:
     """Return the level of the worst finding that was not fixed; ``ok`` if there is none."""
     return max((found.level for found in findings if not found.fixed), key=LEVELS.index, default="ok")

@@ -6,7 +6,7 @@ from redis.exceptions import RedisError
 
 from pool.doctor.checks import Unreachable
 from pool.doctor.deployment import Deployment
-from pool.doctor.finding import Finding, info, many, ok, warning
+from pool.doctor.finding import Finding, info, many, ok, said, warning
 from pool.doctor.table import LeaseTable
 from pool.errors import ConfigError
 from pool.worker.claims import claimants
@@ -18,7 +18,7 @@ def check_messages(deployment: Deployment) -> Iterator[Finding]:
     try:
         takeover = takeover_for(deployment.app, deployment.settings)
     except ConfigError as problem:
-        raise Unreachable(f"Nodes would not start: {problem}") from problem
+        raise Unreachable(f"Nodes would not start: {said(problem)}") from problem
     if not isinstance(takeover, RedisTakeover):
         return  # RabbitMQ delivers them again by itself
     with deployment.broker():  # says it in time if it does not answer
@@ -30,7 +30,7 @@ def check_messages(deployment: Deployment) -> Iterator[Finding]:
         holders = {name: int(client.hlen(f"{namespace}.claims.{name}")) for name in claimants(client, namespace)}
         stock = int(client.hlen("unacked"))
     except (RedisError, OSError) as problem:
-        raise Unreachable(f"The broker does not tell who has taken messages: {problem}") from problem
+        raise Unreachable(f"The broker does not tell who has taken messages: {said(problem)}") from problem
     table = deployment.table()  # after: a node registers only once it has joined
     found = []
     for name, held in sorted(holders.items()):

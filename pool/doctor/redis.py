@@ -13,7 +13,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError,
 
 from pool.doctor.checks import Check
 from pool.doctor.deployment import Deployment
-from pool.doctor.finding import Finding, error, info, ok, warning
+from pool.doctor.finding import Finding, error, info, ok, said, warning
 from pool.embedded import is_redis
 from pool.errors import ConfigError
 from pool.sharding.redis_store import plain_url
@@ -78,7 +78,7 @@ def check_leases(deployment: Deployment) -> Iterator[Finding]:
     try:
         plain_url(settings.redis_url)
     except ConfigError as problem:
-        yield error("redis-url", f"{problem}.", "Nodes refuse to start.", fix)
+        yield error("redis-url", f"{said(problem)}.", "Nodes refuse to start.", fix)
 
 
 def check_server(deployment: Deployment, server: Server) -> Iterator[Finding]:
@@ -90,7 +90,7 @@ def check_server(deployment: Deployment, server: Server) -> Iterator[Finding]:
         except (NoPermissionError, AuthenticationError) as problem:
             yield error(
                 "redis-refused",
-                f"{server.name} refuses the login or a command: {problem}.",
+                f"{server.name} refuses the login or a command: {said(problem)}.",
                 "What needs it fails.",
                 "Correct user and password in the URL, or the user's rights (ACL) on the server: +ping +info.",
             )
@@ -98,7 +98,7 @@ def check_server(deployment: Deployment, server: Server) -> Iterator[Finding]:
         except (RedisError, OSError) as problem:
             yield error(
                 "redis-unreachable",
-                f"{server.name} cannot be reached: {problem}.",
+                f"{server.name} cannot be reached: {said(problem)}.",
                 "Without leases nodes end what runs; without the broker nothing is sent.",
                 "Start it, or correct its URL (POOL_REDIS_URL, POOL_BROKER_URL, POOL_RESULT_URL).",
             )
@@ -151,7 +151,7 @@ def eviction(deployment: Deployment, server: Server, client: "Redis", told: Mapp
             client.config_set("maxmemory-policy", "noeviction")
             fixed, note = True, " Set at run time: without the line in the file a restart undoes it."
         except RedisError as problem:
-            note = f" It could not be set at run time: {problem}."
+            note = f" It could not be set at run time: {said(problem)}."
     yield error(
         "redis-eviction",
         f"{server.name}: maxmemory-policy is {policy}.",

@@ -474,6 +474,30 @@ def test_a_dead_node_that_nobody_follows_is_found_with_its_messages(
     assert "messages-left" not in blamed(diagnose(app, timeout=3.0))
 
 
+def test_messages_are_put_back_only_where_the_table_is_sure(deployed: Any, client: Any) -> None:
+    """Not from a table that knows nothing, not before a member has been gone for a TTL; then they are."""
+    meta, alive, members = keys_of("pool", "meta", "alive", "members")
+    app = deployed(lease_ttl=600.0)
+    client.hset("pool.claimants", "n@h/1", "alive")
+    client.hset("pool.claims.n@h/1", "1", "pool.shard.001\n{}")
+
+    def fixed() -> bool:
+        finding = blamed(diagnose(app, fix=True, timeout=PATIENCE))["messages-left"]
+        assert finding.fixed == (client.llen("pool.shard.001") == 1) == (not client.exists("pool.claims.n@h/1"))
+        return finding.fixed
+
+    assert not fixed()
+    client.hset(meta, mapping={"clock": 1000, "real": int(time.time() * 1000), "quarantine": 0, "shards": 64})
+    client.zadd(alive, {"n@h/1": 900})
+    client.hset(members, "n@h/1", "active n@h")
+    assert not fixed()
+    client.hset(meta, "quarantine", 1e9)
+    client.hset(meta, "clock", 601_000)
+    assert not fixed()
+    client.hset(meta, "quarantine", 0)
+    assert fixed()
+
+
 def test_messages_of_a_live_node_are_its_own(deployed: Any, start: Any, client: Any, site: Site) -> None:
     """--fix does not touch them."""
     start("busy")

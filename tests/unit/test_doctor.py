@@ -128,6 +128,25 @@ def test_a_check_that_hangs_is_left_behind():
     assert found[1].what == "slow: not done within 0.2 s."
 
 
+def test_what_comes_too_late_does_not_count(monkeypatch):
+    """Though other checks still run."""
+    monkeypatch.setattr("pool.doctor.checks.AT_ONCE", 1)
+    released, ended = threading.Event(), threading.Event()
+
+    def hanging():
+        released.wait(60)
+        yield ok("late", "l")
+        ended.set()
+
+    def next_one():
+        released.set()
+        assert ended.wait(20)
+        yield ok("next", "n")
+
+    found = examine([Check("slow", hanging), Check("next", next_one)], 2.0)
+    assert [finding.code for finding in found] == ["check-timeout", "next"]
+
+
 def test_hanging_checks_hold_up_no_others():
     """More of them than run at once."""
     released = threading.Event()
