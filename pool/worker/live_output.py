@@ -28,10 +28,12 @@ from pool.worker.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-ENTRY = 64 * 1000
-"""Bytes of output in one entry at most."""
+ENTRY = 64 * 1024
+"""Bytes of output in one entry at most: what a full pipe holds."""
 PENDING = 1 << 20
 """Bytes of one task's output that may wait to be written; and about as much goes out in one batch, of all tasks."""
+FLOOD = 128 * 1024
+"""Bytes that go out of a task which writes more than that: nobody can read all of it anyway."""
 BATCH = 64
 """Tasks in one batch at most: some five commands each."""
 INTERVAL = 0.05
@@ -230,7 +232,7 @@ class LiveOutput:
             task.queued = False
             end = task.end_facts()  # before its output is taken: what comes later is after the end
             if not task.flying:
-                task.flying = task.pending.take(each)
+                task.flying = task.pending.take(min(each, FLOOD) if task.pending.overflowed else each)
             room -= sum(chunk.size for chunk in task.flying)
             batch.append((task, None if task.pending else end))
         return batch

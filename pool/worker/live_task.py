@@ -42,7 +42,7 @@ class LiveTask:
 
     @property
     def lines(self) -> int:
-        """Line ends in it."""
+        """Line ends in it; estimated where more was written than could be looked at."""
         return self.pending.lines
 
     @property
