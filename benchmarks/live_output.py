@@ -40,7 +40,7 @@ _ids = count()
 
 
 def measure(*, quick: bool) -> Report:
-    rounds, lines = (3, 5) if quick else (40, 50)
+    rounds, lines = (3, 5) if quick else (25, 25)
     report = Report("live_output", f"one command writes {MEGABYTES} MB; followed or not")
     with scratch() as folder, broker(folder) as url, ssh_server(folder) as (which, info), _follower(url) as follower:
         live = LiveOutput(url, NAMESPACE, keep_bytes=4_000_000, ttl=60.0)
