@@ -25,6 +25,7 @@ NAMES = (
     "cold_warm",
     "affinity",
     "warm_build",
+    "live_output",
     "throughput",
     "fairness",
     "handoff",

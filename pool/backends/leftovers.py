@@ -51,6 +51,11 @@ def _started(pid: int) -> int | None:
     return None if fields[0] == "Z" else int(fields[19])
 
 
+def find_leftovers() -> list[int]:
+    """Return the ids of the processes that `sweep_leftovers` would end."""
+    return [process.pid for process in _leftovers()]
+
+
 def sweep_leftovers() -> list[int]:
     """End every process whose owner is gone: TERM, then KILL. Returns their ids.
 
@@ -59,9 +64,7 @@ def sweep_leftovers() -> list[int]:
     """
     import psutil
 
-    me = psutil.Process()
-    spared = {me, *me.parents()}
-    found = [process for process in psutil.process_iter() if process not in spared and _is_left(process)]
+    found = _leftovers()
     for process in found:
         _end(process, hard=False)
     _, stubborn = psutil.wait_procs(found, timeout=KILL_GRACE)
@@ -70,6 +73,14 @@ def sweep_leftovers() -> list[int]:
     if found:
         logger.warning("ended %d processes that a killed worker had left: %s", len(found), [p.pid for p in found])
     return [process.pid for process in found]
+
+
+def _leftovers() -> list[Any]:
+    import psutil
+
+    me = psutil.Process()
+    spared = {me, *me.parents()}
+    return [process for process in psutil.process_iter() if process not in spared and _is_left(process)]
 
 
 def _is_left(process: Any) -> bool:

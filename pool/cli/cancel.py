@@ -52,8 +52,18 @@ def cancel(app: Any, screen: Screen, task_id: str, reason: str | None, timeout: 
 
 def cancelled(nodes: Nodes, task_id: str, reason: str | None = None) -> Cancelled:
     """Tell all nodes, and say what they know of the task. Raises `Problem`."""
+    state = _state(nodes, task_id)  # before: nodes write down as revoked what they do not have
+    if state in states.READY_STATES:
+        return Cancelled("over", None, f"{task_id} is over ({state})", [])
     replies = nodes.ask("pool_cancel", task_id=task_id, **({"reason": reason} if reason else {}))
     return _running(replies, task_id) or _waiting(nodes, replies, task_id)
+
+
+def _state(nodes: Nodes, task_id: str) -> str:
+    try:
+        return str(outcome_of(nodes.app, task_id, nodes.timeout).state)
+    except Problem:  # the nodes know better anyway
+        return states.PENDING
 
 
 def _running(replies: Replies, task_id: str) -> Cancelled | None:
@@ -71,14 +81,8 @@ def _running(replies: Replies, task_id: str) -> Cancelled | None:
 
 
 def _waiting(nodes: Nodes, replies: Replies, task_id: str) -> Cancelled:
-    """No node has it: it is in a queue, or over, or there is none. Those who answered will not start it."""
+    """No node has it: it is in a queue, or there is none. Those who answered will not start it."""
     missing = replies.missing
-    try:
-        state = outcome_of(nodes.app, task_id).state
-    except Problem:
-        state = states.PENDING
-    if state in states.READY_STATES:
-        return Cancelled("over", None, f"{task_id} is over ({state})", missing)
     queue = _queue_of(nodes, task_id)
     if queue is not None and replies.answers:
         return Cancelled("waiting", None, f"{task_id} was waiting in {queue} and will not start", missing)

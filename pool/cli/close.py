@@ -13,6 +13,7 @@ from pool.cli.screen import Screen
 from pool.cli.send import send
 from pool.cli.words import plain
 from pool.keys import check_key
+from pool.manager import DEFAULT_AGENT
 
 TASK = "pool.close_chat"
 
@@ -56,9 +57,13 @@ def close(app: Any, screen: Screen, chat: str, no_wait: bool, timeout: float) ->
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     for name in result.get("closed", ()):
-        yield f"closed: {name or 'backend'}"
+        yield f"closed: {_shown(name)}"
     for name in result.get("retired", ()):
-        yield f"closed when its task is done: {name or 'backend'}"
+        yield f"closed when its task is done: {_shown(name)}"
     agents = result.get("agents") or {}
     for name, became in agents.items() if isinstance(agents, dict) else ():
         yield f"agent {name}: {became}"
+
+
+def _shown(agent: str) -> str:
+    return "its backend" if agent == DEFAULT_AGENT else agent

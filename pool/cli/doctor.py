@@ -1,7 +1,6 @@
 """``pool doctor``: what is wrong with the deployment, and what to do."""
 
 from dataclasses import asdict
-from importlib import import_module
 from typing import Any
 
 import click
@@ -12,6 +11,7 @@ from rich.text import Text
 from pool.cli.command import OK, UNUSABLE, WRONG, command
 from pool.cli.screen import Screen
 from pool.cli.words import plain
+from pool.doctor import TIMEOUT, Finding, diagnose, worst
 
 STYLES = {"ok": "green", "info": "cyan", "warning": "yellow", "error": "bold red"}
 CODES = {"ok": OK, "info": OK, "warning": WRONG, "error": UNUSABLE}
@@ -22,7 +22,7 @@ CODES = {"ok": OK, "info": OK, "warning": WRONG, "error": UNUSABLE}
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
-    default=5.0,
+    default=TIMEOUT,
     show_default=True,
     metavar="SECONDS",
     help="For each check; they run side by side.",
@@ -32,15 +32,14 @@ def doctor(app: Any, screen: Screen, fix: bool, timeout: float) -> int:
 
     Exits with 0, 1 if the worst finding is a warning, 2 if it is an error.
     """
-    examiner: Any = import_module("pool.doctor")
-    findings = examiner.diagnose(app, fix=fix, timeout=timeout)
-    worst = str(examiner.worst(findings))
-    screen.tell({"worst": worst, "findings": [asdict(finding) for finding in findings]})
+    findings = diagnose(app, fix=fix, timeout=timeout)
+    level = worst(findings)
+    screen.tell({"worst": level, "findings": [asdict(finding) for finding in findings]})
     screen.show(*(_shown(finding) for finding in findings))
-    return CODES[worst]
+    return CODES[level]
 
 
-def _shown(finding: Any) -> Any:
+def _shown(finding: Finding) -> Any:
     level = "fixed" if finding.fixed else finding.level
     style = "green" if finding.fixed else STYLES[finding.level]
     parts: list[Any] = [Text.assemble((f"{level:<8}", style), plain(finding.what))]

@@ -2,12 +2,14 @@
 
 import codecs
 import sys
-from collections.abc import Iterable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pool.cli.screen import Screen
 from pool.cli.words import count, harmless
 from pool.live import Piece
+
+KEPT = 10**6
+"""Bytes."""
 
 
 class Output:
@@ -20,13 +22,10 @@ class Output:
         self._screen = screen
         self._raw = raw
         self._decoders: dict[str, codecs.IncrementalDecoder] = {}
-        self.left_out = 0
-        """Bytes that were not there any more."""
 
     def write(self, piece: Piece) -> None:
         """Show one piece, after what is left out before it."""
         if piece.skipped:
-            self.left_out += piece.skipped
             self._decoders.pop(piece.stream, None)
             self._screen.note(f"... {count(piece.skipped)} bytes left out ...", "dim")
         if not piece.data:
@@ -42,6 +41,22 @@ class Output:
         stream.flush()
 
 
-def text_of(pieces: Iterable[Piece], stream: str) -> str:
-    """Return what one stream of the pieces wrote, for JSON."""
-    return b"".join(piece.data for piece in pieces if piece.stream == stream).decode(errors="replace")
+class Kept:
+    """The end of what a task wrote, for JSON."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, bytearray] = {}
+        self._left_out = 0
+
+    def add(self, piece: Piece) -> None:
+        """Take a piece; `KEPT` bytes of each stream are kept."""
+        stream = self._streams.setdefault("stderr" if piece.stream == "stderr" else "stdout", bytearray())
+        stream += piece.data
+        over = max(0, len(stream) - KEPT)
+        del stream[:over]
+        self._left_out += piece.skipped + over
+
+    def told(self) -> dict[str, Any]:
+        """Return ``stdout``, ``stderr`` and how many bytes were ``left_out`` of them."""
+        texts = {name: self._streams.get(name, b"").decode(errors="replace") for name in ("stdout", "stderr")}
+        return {**texts, "left_out": self._left_out}

@@ -4,14 +4,16 @@ import shlex
 from typing import Any
 
 import click
+from celery import states
 
 from pool.cli.command import INTERRUPTED, command
 from pool.cli.nodes import Problem
 from pool.cli.outcome import Outcome, wait_for
-from pool.cli.output import Output
+from pool.cli.output import Kept, Output
 from pool.cli.screen import Screen
 from pool.cli.send import send
 from pool.cli.signals import CancelOnInterrupt
+from pool.cli.words import duration
 from pool.errors import CommandFailed, ConfigError
 from pool.keys import check_key
 from pool.live import Piece, follow
@@ -63,9 +65,8 @@ def run(
     except KeyboardInterrupt:
         screen.fail(f"left alone: task {task_id}")
         return INTERRUPTED
-    screen.tell(_told(key, task_id, found))
-    if found.error and not (build.live and isinstance(found.result, CommandFailed)) and not screen.as_json:
-        screen.fail(found.error)
+    screen.tell({**_told(key, task_id, found), **build.kept.told()})
+    build.say_end(found)
     return found.exit_code
 
 
@@ -78,8 +79,8 @@ class _Build:
         self._output = output
         self._task_id = task_id
         self._talks = screen.err.is_terminal and not screen.as_json
-        self.live = True
-        """Its output was shown as it came."""
+        self._live = True
+        self.kept = Kept()
 
     def followed(self) -> Outcome:
         """Show what it writes until it has ended; return what became of it. Raises `Problem`."""
@@ -90,12 +91,29 @@ class _Build:
                 end = piece if piece.kind == "end" else None
                 self._piece(piece)
         except ConfigError as error:
-            self.live = False
-            self._say(f"{error}: the output comes at the end")
+            self._live = False
+            self._screen.note(f"{error}: the output comes at the end", "yellow")
         found = self._outcome(end)
-        if not self.live and isinstance(found.result, dict) and not self._screen.as_json:
-            self._output.write(Piece("stdout", str(found.result.get("output", "")).encode(), 0))
+        if not self._live and isinstance(found.result, dict):
+            self._write(Piece("stdout", str(found.result.get("output", "")).encode(), 0))
         return found
+
+    def say_end(self, found: Outcome) -> None:
+        """Tell how it ended; of a command that failed, its output has told."""
+        if self._screen.as_json:
+            return
+        if found.error and not (self._live and isinstance(found.result, CommandFailed)):
+            self._screen.fail(found.error)
+        told = [f"exit code {found.exit_code}"]
+        if isinstance(found.result, dict) and "duration_s" in found.result:
+            told += [f"after {duration(found.result['duration_s'])}", "warm" if found.result.get("warm") else "cold"]
+        self._say(", ".join(told))
+
+    def _write(self, piece: Piece) -> None:
+        if self._screen.as_json:
+            self.kept.add(piece)
+        else:
+            self._output.write(piece)
 
     def _outcome(self, end: Piece | None) -> Outcome:
         try:
@@ -113,14 +131,10 @@ class _Build:
     def _piece(self, piece: Piece) -> None:
         if piece.kind == "begin":
             self._say(f"runs at {piece.facts.get('node', 'a node')}")
-        elif piece.kind == "end":
-            state, bytes_ = piece.facts.get("state"), piece.facts.get("bytes")
-            if state == "RETRY":
-                self._screen.note("this attempt has ended: it is tried again", "yellow")
-            elif bytes_ is not None:
-                self._say(f"{state}")
-        elif not self._screen.as_json:
-            self._output.write(piece)
+        elif piece.kind == "output":
+            self._write(piece)
+        elif piece.facts.get("state") not in states.READY_STATES:
+            self._screen.note(f"this attempt has ended ({piece.facts.get('state')}): it is tried again", "yellow")
 
     def _say(self, text: str) -> None:
         """Tell somebody who sits there how it goes; a script gets nothing but the output."""

@@ -92,8 +92,8 @@ class Coordinator:
         self._told_outage = False
         self.tell: Callable[[ShardStep], object] = lambda _: None
         """Called with each step, on the loop; must not block."""
-        self.renewed = now()
-        """When the leases were renewed last, as `pool.sharding.ownership.now`."""
+        self.renewed: float | None = None
+        """When the leases were renewed last, as `pool.sharding.ownership.now`; None: not yet."""
 
     # -- the main line
 

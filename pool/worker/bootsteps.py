@@ -15,9 +15,9 @@ from celery import bootsteps
 
 from pool.errors import ConfigError
 from pool.worker import rabbitmq
-from pool.worker.control import stats_reply
 from pool.worker.execution import check_execution_pool, interruptible, with_turns
 from pool.worker.masking import without_arguments
+from pool.worker.report import flat, stats_of
 from pool.worker.takeover import in_hand
 
 logger = logging.getLogger(__name__)
@@ -61,14 +61,17 @@ class BackendPoolStep(bootsteps.StartStopStep):
         if self.in_process:
             self.extension.closing = False
             _ = self.extension.pool
+        with refusals():
+            self.extension.gauges.start()
 
     def stop(self, worker: Any) -> None:  # noqa: ARG002
         """Warm shutdown: the running tasks have finished."""
         self.extension.close(grace=STOP_GRACE)
+        self.extension.gauges.stop()
 
     def info(self, worker: Any) -> dict[str, Any]:  # noqa: ARG002
         """What ``celery inspect stats`` and Flower show."""
-        return {"backend_pool": stats_reply(self.extension)}
+        return {"backend_pool": flat(stats_of(self.extension))}
 
     def terminate(self, worker: Any) -> None:  # noqa: ARG002
         """Cold shutdown: what still runs is cancelled, and its message goes back to the queue."""

@@ -18,10 +18,9 @@ from celery.worker.control import control_command, inspect_command, revoke
 from pool.errors import InvalidKey, PoolError
 from pool.keys import check_key
 from pool.sharding.hashing import shard_of
-from pool.sharding.ownership import now
 from pool.worker.explain import explain
 from pool.worker.maintenance import close_chat
-from pool.worker.report import report_of
+from pool.worker.report import report_of, stats_of
 from pool.worker.task import PooledTask
 
 logger = logging.getLogger(__name__)
@@ -30,23 +29,7 @@ logger = logging.getLogger(__name__)
 @inspect_command()
 def pool_stats(state: Any) -> dict[str, Any]:
     """Count the backends of a node, and what became of them."""
-    return stats_reply(state.app.warm_pool)
-
-
-def stats_reply(extension: Any) -> dict[str, Any]:
-    """What `pool_stats` answers, and ``inspect stats`` shows."""
-    ownership, tenant = extension.ownership, extension.tenant
-    trusted = ownership.remaining()
-    return {
-        **report_of(extension).stats(),
-        "shards": ownership.count,
-        "shards_total": ownership.shards,
-        "lease_age_s": None if tenant is None else round(now() - tenant.coordinator.renewed, 3),
-        "trusted_s": None if trusted is None else round(trusted, 3),
-        "draining": tenant is not None and tenant.machine.draining,
-        "node": extension.node,
-        "execution": extension.settings.execution,
-    }
+    return stats_of(state.app.warm_pool)
 
 
 @inspect_command(args=[("limit", int), ("key", str)], signature="[limit [key pattern]]")

@@ -14,7 +14,6 @@ from pool.config import Settings
 from pool.hosts import Hosts, make_backend
 from pool.manager import BackendPoolManager
 from pool.observer import Observer
-from pool.runtime import loop_thread
 from pool.sharding.hashing import shard_of
 from pool.sharding.ownership import FOREVER, Ownership
 from pool.worker import rabbitmq
@@ -22,17 +21,15 @@ from pool.worker.agreement import Agreement
 from pool.worker.board import Board
 from pool.worker.chats import chats_for
 from pool.worker.consumption import Consumption
-from pool.worker.guard import Guard
+from pool.worker.gauges import gauges_for
+from pool.worker.host import Host
 from pool.worker.hub import HubCalls
 from pool.worker.line import Line
-from pool.worker.live_output import LiveOutput
-from pool.worker.report import Report
 from pool.worker.router import ShardRouter
 from pool.worker.running import Running
 from pool.worker.steps import Events, Steps
 from pool.worker.takeover import takeover_for
 from pool.worker.tenant import Tenant
-from pool.worker.time_limits import Limits
 from pool.worker.transport import ShardConnection, ShardTransport
 
 PREFETCH = {"threads": 2, "prefork": 1, "solo": 1}
@@ -114,10 +111,7 @@ class WarmPool:
         self.tenant: Tenant | None = None
         self.turns: Any = None  # whose turn it is, where the execution pool keeps that
         self.ownership = Ownership(settings.shards)
-        self.line: Line | None = None
-        self.board: Board | None = None
-        self.observer: Observer | None = None
-        self._limits: Limits | None = None
+        self.host: Host | None = None  # of this process, if it has the backends of a worker
         if not settings.leased:
             self.ownership.trust(FOREVER)
             for shard in settings.node_shards or ():
@@ -126,27 +120,27 @@ class WarmPool:
         self._pid = 0
         self._pool: BackendPoolManager[Any] | None = None
         self._running = Running()
-        self._make_pool: Callable[[], BackendPoolManager[Any]]
+        self._make_pool: Callable[[Observer | None], BackendPoolManager[Any]]
         agents = NO_AGENTS
         trust = self.ownership.remaining if settings.leased else None
         if backend_class is not None:
             self.backends_from = getattr(backend_class, "__qualname__", repr(backend_class))
-            self._make_pool = lambda: BackendPoolManager(
-                backend_class, default_config, settings=settings.pool, trust=trust, observer=self.observer
+            self._make_pool = lambda observer: BackendPoolManager(
+                backend_class, default_config, settings=settings.pool, trust=trust, observer=observer
             )
         else:
             hosts = Hosts.load(settings.hosts_file) if settings.hosts_file else Hosts.local(settings.data_dir)
             self.backends_from = hosts.source
             agents = hosts.agents
             pool_settings = settings.pool.changed(groups={**settings.pool.groups, GROUP: settings.agent_limit})
-            self._make_pool = lambda: BackendPoolManager(
+            self._make_pool = lambda observer: BackendPoolManager(
                 make_backend,
                 default_config,
                 config_for=hosts.config_for,
                 group_for=agents.group_for,
                 settings=pool_settings,
                 trust=trust,
-                observer=self.observer,
+                observer=observer,
             )
         self.chats = chats_for(self, agents)
         signals.worker_process_init.connect(self._on_process_init, weak=False)
@@ -172,11 +166,11 @@ class WarmPool:
         self.node, self.in_process = worker.hostname, in_process
         self.line, self.board = Line(), Board()
         self.steps = Steps(self, Events(worker.app, self.node, enabled=worker.task_events))
-        self.observer = self.steps
-        self._limits = (worker.time_limit, worker.soft_time_limit) if in_process else None
+        self.limits = (worker.time_limit, worker.soft_time_limit) if in_process else None
         self.turns = None
         self.calls = HubCalls()
         self.consumption = Consumption(self.router)
+        self.gauges = gauges_for(self)
         self.takeover = takeover_for(worker.app, settings)
         self.router.agreed = lambda: None  # a node agrees with the others when it joins
         if settings.leased:
@@ -200,44 +194,28 @@ class WarmPool:
         if self._pid != os.getpid():
             with self._lock:
                 if self._pid != os.getpid():
-                    self._pool = self._make_pool()
+                    self.host = Host(self) if self.node else None
+                    self._pool = self._make_pool(None if self.host is None else self.host.observer)
                     self._pid = os.getpid()
                     self.chats.prepare()
-                    if self.line is not None:
-                        self._host(self.line, self._pool)
+                    if self.host is not None:
+                        self.host.begin(self._pool)
         assert self._pool is not None
         return self._pool
-
-    def _host(self, line: Line, pool: BackendPoolManager[Any]) -> None:
-        """Do what the process of a worker does that has the pool."""
-        self._running = Running(self._live_output(), self._limits)
-        guard = Guard(self.ownership, pool)
-        if self.settings.leased:
-            guard.watch()
-        line.listen(
-            {"look": guard.look, "cancel": self._running.cancel, "sweep": lambda: loop_thread().spawn(pool.asweep())}
-        )
-        if not self.in_process:
-            loop_thread().spawn(Report(self).post())
-
-    def _live_output(self) -> LiveOutput | None:
-        settings = self.settings
-        if settings.redis_url is None or not settings.live_output_mb:
-            return None
-        keep = int(1e6 * settings.live_output_mb)
-        return LiveOutput(settings.redis_url, settings.namespace, keep_bytes=keep, ttl=settings.live_ttl)
 
     @property
     def running(self) -> Running:
         """The tasks that run in this process."""
         _ = self.pool
-        return self._running
+        return self._running if self.host is None else self.host.running
 
     def close(self, grace: float) -> None:
         """Close the pool of this process; tasks that still use it get *grace* seconds."""
         if self._pid == os.getpid() and self._pool is not None:
             self.closing = True
             self._pool.destroy_all(grace)
+            if self.host is not None:
+                self.host.close()
 
     def _on_process_init(self, **_kwargs: Any) -> None:
         """Celery started a worker process (prefork child, or solo): a pool of its own, which connects nothing yet."""

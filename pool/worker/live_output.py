@@ -28,10 +28,14 @@ from pool.worker.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-ENTRY = 64 * 1000
-"""Bytes of output in one entry at most."""
+ENTRY = 64 * 1024
+"""Bytes of output in one entry at most: what a full pipe holds."""
 PENDING = 1 << 20
 """Bytes of one task's output that may wait to be written; and about as much goes out in one batch, of all tasks."""
+FLOOD = 128 * 1024
+"""Bytes that go out of a task whose buffer has overflowed: nobody can read all of what it writes anyway."""
+FLOOD_PAUSE = 0.25
+"""Seconds until the next of them; its end is not kept waiting."""
 BATCH = 64
 """Tasks in one batch at most: some five commands each."""
 INTERVAL = 0.05
@@ -121,7 +125,8 @@ class LiveOutput:
         if task.done:
             return
         if len(self._ended) >= ENDED:
-            if task.queued:
+            task.pending.shrink(0)
+            with contextlib.suppress(ValueError):
                 self._ready.remove(task)
             return
         flying = sum(chunk.size for chunk in task.flying)
@@ -132,6 +137,7 @@ class LiveOutput:
         task.held = flying + task.pending.size
         self._held += task.held
         self._ended.add(task)
+        self._resume(task)
         self.queue(task)
 
     def _start_ticking(self) -> None:
@@ -206,7 +212,7 @@ class LiveOutput:
         except BaseException:
             for task, _ in batch:
                 task.tape.forget()
-                self._requeue(task)
+                self._ready.append(task)
             raise
         refused = None
         answers = iter(replies)
@@ -227,10 +233,10 @@ class LiveOutput:
         each = max(self.entry_limit, PENDING // max(1, len(self._ready)))
         while self._ready and room > 0 and len(batch) < BATCH:
             task = self._ready.popleft()
-            task.queued = False
             end = task.end_facts()  # before its output is taken: what comes later is after the end
             if not task.flying:
-                task.flying = task.pending.take(each)
+                task.flooding = task.pending.overflowed and end is None
+                task.flying = task.pending.take(min(each, FLOOD) if task.flooding else each)
             room -= sum(chunk.size for chunk in task.flying)
             batch.append((task, None if task.pending else end))
         return batch
@@ -241,16 +247,24 @@ class LiveOutput:
         if arrived:
             task.flying = []
             task.done = task.done or end is not None
-        if (task.tape.excess and arrived) or (not task.done and (not arrived or task.pending or task.end is not None)):
-            self._requeue(task)
-        elif task in self._ended:
-            self._ended.discard(task)
-            self._held -= task.held
-
-    def _requeue(self, task: LiveTask) -> None:
-        if not task.queued:
-            task.queued = True
+        more = not task.done and (not arrived or task.pending or task.end is not None)
+        if more and task.flooding and arrived and task.end is None:
+            task.paused = True
+            asyncio.get_running_loop().call_later(FLOOD_PAUSE, self._resume, task)
+        elif more or (arrived and task.tape.excess):
             self._ready.append(task)
+        else:
+            task.queued = False
+            if task in self._ended:
+                self._ended.discard(task)
+                self._held -= task.held
+
+    def _resume(self, task: LiveTask) -> None:
+        """Queue a task that floods."""
+        if task.paused:
+            task.paused = False
+            self._ready.append(task)
+            self._wake.set()
 
     def _redis(self) -> Redis:
         if self._client is None:
@@ -264,6 +278,8 @@ class LiveOutput:
 
     async def aclose(self) -> None:
         """Write what waits, in `CLOSE_PATIENCE` seconds at most, and disconnect; nothing is taken any more."""
+        for task in list(self._open):
+            self._resume(task)
         self._closing.set()
         self._wake.set()
         if self._writer is not None:

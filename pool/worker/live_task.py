@@ -16,8 +16,8 @@ class LiveTask:
     """One attempt of a task, made by `LiveOutput.open`."""
 
     __slots__ = (
-        "_facts", "_tape", "done", "end", "flying", "held", "key", "live", "opened", "pending", "queued", "touched",
-        "wrote",
+        "_facts", "_tape", "done", "end", "flooding", "flying", "held", "key", "live", "opened", "paused", "pending",
+        "queued", "touched", "wrote",
     )  # fmt: skip
 
     def __init__(self, live: "LiveOutput", key: str, facts: Mapping[str, Any]) -> None:
@@ -28,7 +28,9 @@ class LiveTask:
         self.pending = Pending(live.pending_limit, live.entry_limit)
         self.done = False  # its end was written
         self.touched = False  # there is, or will be, something of it in Redis
-        self.queued = False
+        self.queued = False  # in the next batch, in the one under way, or paused
+        self.flooding = False
+        self.paused = False  # until `FLOOD_PAUSE` is over
         self.flying: list[Chunk] = []  # handed to Redis, not known to have arrived
         self.wrote = 0.0
         self.held = 0  # what it counts of `ENDED_BYTES`
@@ -42,7 +44,7 @@ class LiveTask:
 
     @property
     def lines(self) -> int:
-        """Line ends in it."""
+        """Line ends in it; estimated where more was written than could be looked at."""
         return self.pending.lines
 
     @property

@@ -34,7 +34,7 @@ class Report:
 
     def stats(self) -> Row:
         """Count everything."""
-        return {**flat(self._extension.pool.get_stats()), "running": len(self._extension.running.runs()),
+        return {**counts_of(self._extension.pool.get_stats()), "running": len(self._extension.running.runs()),
                 "pid": os.getpid(), "age_s": 0.0}  # fmt: skip
 
     def backends(self, key: str | None = None) -> list[Row]:
@@ -52,6 +52,11 @@ class Report:
         ended: dict[str, list[Row]] = self._extension.running.last(key)
         return ended
 
+    def metrics(self) -> str:
+        """What this process has to tell Prometheus; "": nothing."""
+        metrics = self._extension.host.metrics
+        return "" if metrics is None else metrics.render().decode()
+
     def whole(self) -> bytes:
         """Everything, for the board."""
         rows = self.backends()
@@ -61,6 +66,7 @@ class Report:
             "backends": rows[:POSTED_ROWS],
             "runs": self.runs(),
             "last": self.last(),
+            "metrics": self.metrics(),
         }
         return json.dumps(told).encode()
 
@@ -91,6 +97,9 @@ class Posted:
     def runs(self, key: str | None = None) -> list[Row]:
         return [run for run in self._told.get("runs", ()) if key in (None, run["key"])]
 
+    def metrics(self) -> str:
+        return str(self._told.get("metrics", ""))
+
     def last(self, key: str | None = None) -> dict[str, list[Row]]:
         return {each: runs for each, runs in self._told.get("last", {}).items() if key in (None, each)}
 
@@ -100,8 +109,37 @@ def report_of(extension: Any) -> Report | Posted:
     return Report(extension) if extension.in_process else Posted(extension.board.read())
 
 
-def flat(stats: PoolStats) -> Row:
-    """Return the counts of a pool as one flat table."""
+def stats_of(extension: Any) -> Row:
+    """What ``inspect pool_stats`` answers."""
+    trusted = extension.ownership.remaining()
+    return {
+        **report_of(extension).stats(),
+        **shards_of(extension),
+        "trusted_s": None if trusted is None else round(trusted, 3),
+        "node": extension.node,
+        "execution": extension.settings.execution,
+    }
+
+
+def shards_of(extension: Any) -> Row:
+    """What the node owns."""
+    tenant = extension.tenant
+    return {
+        "shards": extension.ownership.count,
+        "shards_total": extension.ownership.shards,
+        "lease_age_s": None if tenant is None else tenant.lease_age,
+        "draining": tenant is not None and tenant.machine.draining,
+    }
+
+
+def flat(stats: Row) -> Row:
+    """Return it as one table without tables in it, for ``inspect stats`` and Flower."""
+    found = {name: value for name, value in stats.items() if name != "failures"}
+    return found | {f"failures_{reason}": count for reason, count in stats.get("failures", {}).items()}
+
+
+def counts_of(stats: PoolStats) -> Row:
+    """Return the counts of a pool."""
     asked = stats.hits + stats.connects
     agents = stats.groups.get(GROUP, {})
     return {

@@ -44,6 +44,7 @@ class Steps(Observer):
 
     def shards(self, step: ShardStep) -> None:
         """Some shards came or went."""
+        self._extension.gauges.hear(step)
         self._tell(
             f"shards {step.what}",
             step.what,

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,7 +19,7 @@ from pool.errors import ConfigError
 from pool.runtime import LoopThread
 from pool.sharding.coordinator import Coordinator
 from pool.sharding.lease import LeaseMachine, Terms
-from pool.sharding.ownership import Ownership
+from pool.sharding.ownership import Ownership, now
 from pool.sharding.redis_store import RedisStore, plain_url
 from pool.worker.consumption import Consumption
 from pool.worker.hub import HubCalls
@@ -57,6 +57,13 @@ class Tenant:
         self._thread: LoopThread
         self._running: Future[None]
         self._finishing = False
+        self.renewed: Callable[[], float | None] = lambda: None
+
+    @property
+    def lease_age(self) -> float | None:
+        """Seconds since the leases were renewed; None: not yet. From any thread."""
+        renewed = self.renewed()
+        return None if renewed is None else round(now() - renewed, 3)
 
     # -- the life of the worker; on its main thread
 
@@ -87,6 +94,7 @@ class Tenant:
         store = RedisStore(self._client, self.settings.namespace, self.settings.shards, self.terms)
         self.coordinator = Coordinator(self.machine, store, self, self.ownership)
         self.coordinator.tell = self.tell
+        self.renewed = lambda: self.coordinator.renewed
         try:
             async with asyncio.timeout(self.terms.ttl):
                 await store.check()

@@ -12,8 +12,19 @@ from pool.loopback_sshd import LoopbackSshd
 from pool.sharding.hashing import shard_of
 from tests.support.celery_nodes import WorkerNode
 from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site, ssh_hosts
-from tests.support.steering import Ask, asker, assert_it_cancels, assert_it_keeps_time, assert_it_tells_what_it_has
+from tests.support.steering import (
+    Ask,
+    asker,
+    assert_it_cancels,
+    assert_it_keeps_time,
+    assert_it_tells_what_it_has,
+    free_port,
+    sample,
+    scrape,
+)
 from tests.support.waiting import wait_until
+
+METRICS = free_port()
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +35,7 @@ def hosts(sshd: LoopbackSshd) -> str:
 @pytest.fixture(scope="module")
 def start_nodes() -> Callable[[Site], list[WorkerNode]]:
     """One node; nothing sweeps it unasked before a minute is over."""
-    env = {"POOL_KEY_CONCURRENCY": "1", "POOL_IDLE_TIMEOUT": "0.2"}
+    env = {"POOL_KEY_CONCURRENCY": "1", "POOL_IDLE_TIMEOUT": "0.2", "POOL_METRICS_PORT": str(METRICS)}
     return lambda site: [site.start(env=env)]
 
 
@@ -146,3 +157,14 @@ def test_the_steps_of_backends_and_shards_are_events(
         "shards taken: shards=0-63",
     ):
         assert what in log
+
+
+def test_metrics_of_a_node(producer: Producer, ask: Ask, key: str) -> None:
+    """What Prometheus scrapes agrees with what inspect tells, and names no key."""
+    producer.built(key)
+    text = scrape(METRICS)
+    assert sample(text, "backend_pool_shards_owned") == 64
+    assert sample(text, 'backend_pool_creations_total{kind="ssh"}') >= 1
+    assert sample(text, 'backend_pool_exec_seconds_count{kind="ssh",outcome="ok"}') >= 1
+    assert sample(text, "backend_pool_warm_hits_total") == ask("pool_stats")["hits"]
+    assert key not in text

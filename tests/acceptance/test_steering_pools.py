@@ -8,7 +8,16 @@ import pytest
 from pool.loopback_sshd import LoopbackSshd
 from tests.support.celery_nodes import WorkerNode
 from tests.support.site import RESULT_TIMEOUT, Gate, Producer, ssh_hosts
-from tests.support.steering import Ask, asker, assert_it_cancels, assert_it_keeps_time, assert_it_tells_what_it_has
+from tests.support.steering import (
+    Ask,
+    asker,
+    assert_it_cancels,
+    assert_it_keeps_time,
+    assert_it_tells_what_it_has,
+    free_port,
+    sample,
+    scrape,
+)
 from tests.support.waiting import wait_until
 
 Start = Callable[..., WorkerNode]
@@ -39,9 +48,13 @@ def test_the_backends_of_a_prefork_child_are_told_and_its_builds_cancelled(
     start: Start, producer: Producer, ask: Ask, sshd: LoopbackSshd, key: str
 ) -> None:
     """By its parent, which never waits for it: the child posts what it knows."""
-    node = start(env={"POOL_EXECUTION": "prefork"})
+    port = free_port()
+    node = start(env={"POOL_EXECUTION": "prefork", "POOL_METRICS_PORT": str(port)})
     assert_it_tells_what_it_has(producer, Gate(sshd.info.home / "builds" / key), key, "prefork")
     assert ask("pool_stats")["pid"] not in (node.pid, None)
+    text = scrape(port)
+    assert sample(text, 'backend_pool_exec_seconds_count{kind="ssh",outcome="ok"}') == 1
+    assert sample(text, "backend_pool_shards_owned") == 64
     other = f"{key}-2"
     assert_it_cancels(producer, Gate(sshd.info.home / "builds" / other), other)
 

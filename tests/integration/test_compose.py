@@ -59,12 +59,25 @@ def published(service: dict[str, Any]) -> list[tuple[str, str]]:
 
 def test_services_are_the_documented_ones(services: dict[str, dict[str, Any]]) -> None:
     """Redis, the build host and the maker of its keys, two nodes, beat and Flower."""
-    assert set(services) == {"redis", "keys", "build-host", "node-a", "node-b", "beat", "flower"}
+    assert set(services) == {
+        "redis",
+        "keys",
+        "build-host",
+        "node-a",
+        "node-b",
+        "beat",
+        "flower",
+        "prometheus",
+        "grafana",
+    }
 
 
-def test_only_flower_is_published_and_only_on_this_machine(services: dict[str, dict[str, Any]]) -> None:
-    """Nothing but 127.0.0.1:5555 is reachable from outside, and no service uses the host's network."""
-    assert {name: published(s) for name, s in services.items() if "ports" in s} == {"flower": [("127.0.0.1", "5555")]}
+def test_only_what_people_look_at_is_published_and_only_on_this_machine(services: dict[str, dict[str, Any]]) -> None:
+    """Nothing but Flower and Grafana is reachable from outside, and no service uses the host's network."""
+    assert {name: published(s) for name, s in services.items() if "ports" in s} == {
+        "flower": [("127.0.0.1", "5555")],
+        "grafana": [("127.0.0.1", "3000")],
+    }
     assert {s.get("network_mode", "none") for s in services.values()} == {"none"}
 
 

@@ -1,5 +1,7 @@
 """What the tests of steering a node share."""
 
+import socket
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,26 @@ def asker(producer: Producer) -> Ask:
         return next(iter(replies.values())) if nodes == 1 else replies
 
     return ask
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses yet."""
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        port: int = made.getsockname()[1]
+        return port
+
+
+def scrape(port: int) -> str:
+    """What a node tells Prometheus."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        return answer.read().decode()
+
+
+def sample(text: str, name: str) -> float:
+    """The value of one sample."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+    return float(line.rpartition(" ")[2])
 
 
 def assert_it_cancels(producer: Producer, gate: Gate, key: str) -> None:

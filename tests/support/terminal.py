@@ -11,6 +11,7 @@ import subprocess
 import termios
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 from tests.support.waiting import wait_until
 
@@ -29,13 +30,13 @@ class Terminal:
         self.size = columns, lines
         self.output = b""
 
-    def __enter__(self) -> "Terminal":
+    def __enter__(self) -> Self:
         self._ours, theirs = pty.openpty()
         columns, lines = self.size
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.process = subprocess.Popen(
             self.command, env=self.env, cwd=self.cwd, stdin=theirs, stdout=theirs, stderr=theirs,
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
         )  # fmt: skip
         os.close(theirs)
         return self

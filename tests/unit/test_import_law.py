@@ -13,7 +13,7 @@ import pool
 ROOT = Path(pool.__file__).parents[1]
 CORE = (
     "manager lifecycle groups room invariants entry borrowing runtime config errors stats keys hosts chats observer"
-    " snapshot interrupt"
+    " snapshot interrupt metrics metric_families metrics_server tracing"
 ).split()
 SOURCES = sorted([*(ROOT / "pool").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")])
 

@@ -115,6 +115,7 @@ class Reader:
         positions: dict[str, int] = {}
         for piece in self.pieces:
             if piece.kind == "output":
+                assert piece.skipped >= 0
                 assert piece.offset == positions.get(piece.stream, 0) + piece.skipped
                 assert piece.data == fed[piece.stream][piece.offset :][: len(piece.data)]
                 positions[piece.stream] = piece.offset + len(piece.data)
@@ -167,8 +168,8 @@ def test_the_stream_stays_within_its_bound(writes, keep):
             writer.feed("stdout", bytes([attempt]) * size)
             writer.flush("no reply" if breaks else "ok")
         writer.close()
-        while writer.tape.excess:
-            writer.flush()
+        writer.flush()
+        assert not writer.tape.excess
         assert stream.size <= keep + 12 * ENTRY_COST + 1000  # begins and ends, and one batch before anything is known
 
 
@@ -193,11 +194,12 @@ def test_pieces_of_one_stream_share_an_entry():
     for _ in range(30):
         pending.add("stdout", b"0123456789")
     pending.add("stderr", b"x")
+    pending.add("stdout", b"z")
     pending.add("stdout", b"y" * 250)
     chunks = pending.take(100_000)
     assert [(chunk.stream, chunk.offset, len(chunk.data)) for chunk in chunks] == [
-        ("stdout", 0, 100), ("stdout", 100, 100), ("stdout", 200, 100), ("stderr", 0, 1),
-        ("stdout", 300, 100), ("stdout", 400, 100), ("stdout", 500, 50),
+        ("stdout", 0, 100), ("stdout", 100, 100), ("stdout", 200, 100), ("stderr", 0, 1), ("stdout", 300, 1),
+        ("stdout", 301, 100), ("stdout", 401, 100), ("stdout", 501, 50),
     ]  # fmt: skip
     assert not pending
     assert pending.size == 0
@@ -209,10 +211,25 @@ def test_a_full_buffer_drops_the_oldest_and_counts_everything():
     for number in range(1000):
         pending.add("stdout", b"%07d\n" % number)
     assert pending.size <= 1000
-    assert (pending.totals, pending.lines) == ({"stdout": 8000}, 1000)
+    assert (pending.totals, pending.lines) == ({"stdout": 8000}, 1000)  # of lines of one length
     chunks = pending.take(100_000)
     assert bytes(chunks[-1].data).endswith(b"0000999\n")
     assert chunks[-1].offset + len(chunks[-1].data) == 8000
+
+
+def test_the_first_output_is_not_dropped_before_it_is_taken():
+    """A follower of a flood sees how it began."""
+    pending = Pending(1000, 100)
+    pending.add("stderr", b"first")
+    for _ in range(100):
+        pending.add("stdout", b"x" * 100)
+    assert pending.take(1)[0].data == b"first"
+    assert pending.size <= 1000
+    for _ in range(100):
+        pending.add("stdout", b"y" * 100)
+    assert pending.take(1)[0].data == b"y" * 100
+    pending.shrink(0)
+    assert not pending
 
 
 def test_tiny_pieces_of_two_streams_do_not_fill_the_memory():

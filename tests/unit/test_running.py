@@ -1,0 +1,181 @@
+"""The tasks that run in a process: their ends, their progress, what is remembered of them, their time limits."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TimeLimitExceeded
+
+from pool import CommandFailed, MemoryBackend, TaskCancelled
+from pool.backends.output import TAP
+from pool.interrupt import check_interrupt
+from pool.worker import progress, running
+from pool.worker.running import Running
+from pool.worker.time_limits import limits_of
+from tests.support.waiting import wait_until
+
+
+class Store:
+    """As much of a result backend as progress needs."""
+
+    def __init__(self):
+        self.stored = []
+        self.go = threading.Event()
+        self.go.set()
+        self.storing = threading.Event()
+
+    def store_result(self, task_id, meta, state, request):
+        self.storing.set()
+        assert self.go.wait(60)
+        self.stored.append((task_id, state, meta))
+
+
+def task(task_id="t1", *, progress=False, timelimit=None, **limits):
+    request = SimpleNamespace(id=task_id, hostname="n@h", ignore_result=False, timelimit=timelimit)
+    limits = {"time_limit": None, "soft_time_limit": None, **limits}
+    return SimpleNamespace(name="a.task", request=request, progress=progress, backend=Store(), **limits)
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (None, "SUCCESS"),
+        (ValueError(), "FAILURE"),
+        (CommandFailed("exit code 3", 3), "FAILURE"),
+        (Retry(), "RETRY"),
+        (Reject("it goes back", requeue=True), "REJECTED"),
+        (Ignore(), "REVOKED"),
+        (KeyboardInterrupt(), "FAILURE"),
+    ],
+)
+def test_how_a_run_ended_is_remembered(error, state):
+    """By what came out of the task; whatever that is, it runs no longer."""
+    here = Running()
+    try:
+        with here.task(task(), "u1"):
+            assert [run.key for run in here.runs()] == ["u1"]
+            if error is not None:
+                raise error
+    except BaseException as caught:
+        assert caught is error
+    assert not here.runs()
+    ((last,),) = here.last().values()
+    assert (last["task_id"], last["state"], last["key"]) == ("t1", state, "u1")
+    assert here.last("u1") == here.last()
+    assert here.last("u2") == {}
+
+
+def test_output_is_counted_for_the_task_that_writes_it():
+    """And for no other one; the tap ends with the task."""
+    here = Running()
+    with here.task(task(), "u1") as run:
+        TAP.get()("stdout", b"one\ntwo\n")
+        TAP.get()("stderr", b"three")
+        assert (run.bytes, run.lines) == (13, 2)
+    assert TAP.get() is None
+
+
+def test_what_is_remembered_has_its_bounds(monkeypatch):
+    """The last runs of the keys that were used last."""
+    monkeypatch.setattr(running, "REMEMBERED", 3)
+    here = Running()
+    for n in range(10):
+        with here.task(task(f"t{n}"), f"u{n % 4}"):
+            pass
+    for n in range(10, 20):
+        with here.task(task(f"t{n}"), "u0"):
+            pass
+    last = here.last()
+    assert sorted(last) == ["u0", "u1", "u3"]
+    assert [run["task_id"] for run in last["u0"]] == ["t19", "t18", "t17", "t16", "t15"]
+
+
+def test_a_cancel_reaches_the_run_of_that_id_and_no_other():
+    """An id that does not run here is told so."""
+    here = Running()
+    with here.task(task("t1"), "u1"):
+        assert not here.cancel("t2", "why not")
+        check_interrupt()
+        assert here.cancel("t1", "why not")
+        with pytest.raises(TaskCancelled, match="why not"):
+            check_interrupt()
+    assert not here.cancel("t1", "again")
+    check_interrupt()
+
+
+def test_no_progress_comes_after_the_end_of_a_task(monkeypatch):
+    """A report that is on its way is waited for, or a slow one would undo the task's own state."""
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    here, slow = Running(), task(progress=True)
+    slow.backend.go.clear()
+    ended = threading.Event()
+
+    def run():
+        with here.task(slow, "u1") as run:
+            run.feed("stdout", b"line\n")
+            assert slow.backend.storing.wait(60)
+        ended.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert slow.backend.storing.wait(60)
+    wait_until(here.runs()[0].ending.locked, "a report is on its way")
+    assert not ended.wait(0.2)
+    slow.backend.go.set()
+    thread.join(60)
+    count = len(slow.backend.stored)
+    assert count >= 1
+    task_id, state, meta = slow.backend.stored[0]
+    assert (task_id, state, meta["bytes"], meta["lines"], meta["key"]) == ("t1", "PROGRESS", 5, 1, "u1")
+    other = task("t2", progress=True)
+    with here.task(other, "u1"):
+        assert other.backend.storing.wait(60)  # the reporter goes on, for those who run
+    assert len(slow.backend.stored) == count
+
+
+def test_a_task_that_wants_no_progress_reports_none(monkeypatch):
+    """Nor does one whose result is ignored."""
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    here, quiet, ignored, loud = Running(), task("q"), task("i", progress=True), task("l", progress=True)
+    ignored.request.ignore_result = True
+    with here.task(quiet, "u1"), here.task(ignored, "u1"), here.task(loud, "u1"):
+        wait_until(lambda: len(loud.backend.stored) > 2, "the one that wants to reports")
+    assert not quiet.backend.stored
+    assert not ignored.backend.stored
+
+
+def test_the_limits_of_the_message_come_before_the_tasks_and_those_before_the_workers():
+    """As Celery has it; each of the two on its own."""
+    own = task(timelimit=[5, None], time_limit=20, soft_time_limit=10)
+    assert limits_of(own, own.request, (30, 15)) == (5, 10)
+    none = task()
+    assert limits_of(none, none.request, (30, 15)) == (30, 15)
+    assert limits_of(none, none.request, (None, None)) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("limits", "error"), [([0.05, None], TimeLimitExceeded), ([None, 0.05], SoftTimeLimitExceeded)]
+)
+def test_a_run_that_exceeds_its_limit_is_interrupted(limits, error):
+    """With Celery's own exception, at the next door; the hard one stays."""
+    here = Running(limits=(None, None))
+    with here.task(task(timelimit=limits), "u1") as run:
+        wait_until(lambda: run.interrupt.is_set, "the time is over")
+        with pytest.raises(error):
+            check_interrupt()
+        assert run.interrupt.is_set == (error is TimeLimitExceeded)
+    backend = MemoryBackend()
+    backend.write("f", "a later use is not concerned")
+    backend.destroy()
+
+
+def test_a_run_that_ends_in_time_is_not(monkeypatch):
+    """Its timers end with it, also those that had not been set yet."""
+    here = Running(limits=(0.2, 0.1))
+    runs = []
+    for n in range(20):
+        with here.task(task(f"t{n}"), "u1") as run:
+            runs.append(run)
+    with here.task(task("last", timelimit=[0.3, None]), "u1") as run:
+        wait_until(lambda: run.interrupt.is_set, "the time of all would be over")
+    assert not any(each.interrupt.is_set for each in runs)
