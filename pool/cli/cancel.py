@@ -37,7 +37,9 @@ class Cancelled(NamedTuple):
 @click.option("--reason", help="Told to whoever waits for the task.")
 @timeout_option
 def cancel(app: Any, screen: Screen, task_id: str, reason: str | None, timeout: float) -> int:
-    """Cancel the task TASK_ID: what it runs is killed, its backend stays warm. A task that waits never starts.
+    """End a task, or keep it from starting.
+
+    What it runs is killed; its backend stays warm.
 
     Exits with 1 if there was nothing to cancel.
     """
@@ -63,7 +65,7 @@ def _state(nodes: Nodes, task_id: str) -> str:
     try:
         return str(outcome_of(nodes.app, task_id, nodes.timeout).state)
     except Problem:  # the nodes know better anyway
-        return states.PENDING
+        return str(states.PENDING)
 
 
 def _running(replies: Replies, task_id: str) -> Cancelled | None:

@@ -30,10 +30,10 @@ TASK = "pool.close_chat"
     help="How long to wait for it: a turn that runs may finish first.",
 )
 def close(app: Any, screen: Screen, chat: str, no_wait: bool, timeout: float) -> int:
-    """Close the backends of CHAT (any key), end its agents' sessions, remove their worktrees.
+    """End all that a chat, or a user, has.
 
-    The task that does it goes to the chat's queue, so the order is kept. Exits with 1 if nothing was open, or it is
-    not done in time.
+    Its backends, its agents' sessions and their worktrees. The task that does it goes to the chat's queue, so the
+    order is kept. Exits with 1 if nothing was open, or it is not done in time.
     """
     task_id = send(app, TASK, (check_key(chat),))
     if no_wait:

@@ -28,7 +28,9 @@ CODES = {"ok": OK, "info": OK, "warning": WRONG, "error": UNUSABLE}
     help="For each check; they run side by side.",
 )
 def doctor(app: Any, screen: Screen, fix: bool, timeout: float) -> int:
-    """Examine broker, Redis, hosts, settings, nodes and left-overs; say what to do about each finding.
+    """Find what is wrong, and how to mend it.
+
+    Looks at broker, Redis, hosts, settings, nodes and left-overs.
 
     Exits with 0, 1 if the worst finding is a warning, 2 if it is an error.
     """

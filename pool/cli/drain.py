@@ -28,9 +28,10 @@ LOOK = 0.2
 def drain(
     app: Any, screen: Screen, nodes: tuple[str, ...], wait: bool, wait_timeout: float | None, timeout: float
 ) -> int:
-    """Have NODE hand its shards over to the other nodes, and take none until `undrain`.
+    """Hand a node's shards over to the others.
 
-    What runs there may finish. Exits with 1 if the node does not answer, or still has shards after --wait-timeout.
+    It takes none until `undrain`. What runs there may finish. Exits with 1 if the node does not answer, or still
+    has shards after --wait-timeout.
     """
     found = Nodes(app, timeout)
     names = found.named(nodes)
@@ -51,7 +52,7 @@ def drain(
 @click.argument("nodes", metavar="NODE...", nargs=-1, required=True)
 @timeout_option
 def undrain(app: Any, screen: Screen, nodes: tuple[str, ...], timeout: float) -> int:
-    """Have NODE take shards again.
+    """Let a node take shards again.
 
     Exits with 1 if it does not answer.
     """

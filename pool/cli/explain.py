@@ -19,11 +19,14 @@ from pool.sharding.hashing import key_hash, queue_name, shard_of
 @click.argument("key")
 @timeout_option
 def explain(app: Any, screen: Screen, key: str, timeout: float) -> int:
-    """Tell where the work of KEY runs, why there, and what its backend does.
+    """Tell where a key's work runs, and why there.
+
+    Also what its backend does, what runs on it and what ran last.
 
     Exits with 1 if nobody owns the key's shard, or its owner does not answer.
     """
-    told = explained(Nodes(app, timeout), check_key(key))
+    check_key(key)
+    told = explained(Nodes(app, timeout), key)
     screen.tell(told)
     screen.show(facts(_facts(told)))
     for problem in told["problems"]:
@@ -100,8 +103,8 @@ def _facts(told: dict[str, Any]) -> Iterator[tuple[str, Cell | list[Cell]]]:
 def _backend(row: dict[str, Any]) -> Cell:
     text, style = state(row)
     since = duration(row["busy_s"] if row.get("busy_s") is not None else row.get("idle_s"))
-    told = f"{name(row)}: {text} for {since or '0 s'}, {row.get('uses')} uses, open for {duration(row.get('age_s'))}"
-    return told, style
+    uses, age = many(row.get("uses") or 0, "use"), duration(row.get("age_s"))
+    return f"{name(row)}: {text} for {since or '0 s'}, {uses}, open for {age}", style
 
 
 def _run(run: dict[str, Any]) -> Cell:

@@ -28,7 +28,9 @@ PATIENCE = 10.0
 )
 @click.option("--raw", is_flag=True, help="Let escape sequences act on the terminal.")
 def logs(app: Any, screen: Screen, task_id: str, following: bool, timeout: float | None, raw: bool) -> int:
-    """Show what the task TASK_ID has written; its stdout on stdout, its stderr on stderr.
+    """Show what a task has written.
+
+    Its stdout comes on stdout, its stderr on stderr.
 
     Redis keeps the last POOL_LIVE_OUTPUT_MB of it for POOL_LIVE_TTL seconds. Exits with 1 if nothing is known of the
     task. Ctrl-C leaves; the task goes on.

@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 LINGER = 0.1
 """Seconds that nodes without leases get to answer, too, when all others have: nobody knows how many there are."""
+HINT = " (--timeout)"
 SLACK = 0.3
 """Seconds beyond its time after which a server that does not answer is given up."""
 
@@ -71,7 +72,9 @@ class Nodes:
         shown = maybe_sanitize_url(settings.redis_url)
         try:
             url = plain_url(settings.redis_url)
-            self.table = within(self.timeout, lambda: asyncio.run(_read(url, settings, self.timeout)), f"Redis {shown}")
+            self.table = within(
+                self.timeout, lambda: asyncio.run(_read(url, settings, self.timeout)), f"Redis {shown}", HINT
+            )
         except ConfigError:
             return None  # a Sentinel: nodes that hold leases cannot be there
         except Exception as error:
@@ -96,7 +99,7 @@ class Nodes:
         destination = None if to is None else sorted(expected)
         question = _Question(self.app, command, arguments, destination, expected, self.timeout)
         where = maybe_sanitize_url(str(self.settings.broker_url))
-        answers = within(self.timeout + SLACK, question.put, f"the broker {where}")
+        answers = within(self.timeout + SLACK, question.put, f"the broker {where}", HINT)
         return Replies(answers, sorted(expected - answers.keys()))
 
     def named(self, given: Iterable[str]) -> list[str]:
@@ -203,7 +206,17 @@ class _Question:
                 self._missing.discard(node)
 
 
-def within(seconds: float, call: Callable[[], T], what: str) -> T:
+def reachable(app: Any, seconds: float) -> None:
+    """Raise `Problem` unless the broker takes a connection: what sends messages tries again and again."""
+
+    def connect() -> None:
+        with app.connection_for_write(connect_timeout=seconds) as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0.0, timeout=seconds)
+
+    within(seconds, connect, f"the broker {maybe_sanitize_url(str(app.warm_pool.settings.broker_url))}")
+
+
+def within(seconds: float, call: Callable[[], T], what: str, hint: str = "") -> T:
     """Return what *call* returns, or raise what it raises; `Problem` when it takes longer than *seconds*.
 
     It runs in a thread, which is left alone then: a server that takes connections and never answers, or a name that
@@ -221,7 +234,7 @@ def within(seconds: float, call: Callable[[], T], what: str) -> T:
     try:
         value, error = box.get(timeout=seconds)
     except queue.Empty:
-        raise Problem(f"{what} did not answer within {seconds:g} s (--timeout)") from None
+        raise Problem(f"{what} did not answer within {seconds:g} s{hint}") from None
     if isinstance(error, OSError | OperationalError | RedisError):
         raise Problem(f"cannot reach {what}: {error}") from error
     if error is not None:

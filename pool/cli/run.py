@@ -49,10 +49,11 @@ def run(
     shell: bool,
     raw: bool,
 ) -> int:
-    """Run COMMAND on the warm backend of KEY, wherever that is, and follow its output.
+    """Run a command on a key's warm backend.
 
-    One word is taken for a line of shell: 'make && make test'. Exits with the command's code; 124: it ran into its
-    timeout; 130: it was cancelled. Ctrl-C cancels it; a second one leaves it alone.
+    Its output is shown as it comes. One word is taken for a line of shell: 'make && make test'. Exits with the
+    command's code; 124: it ran into its timeout; 130: it was cancelled. Ctrl-C cancels it; a second one leaves it
+    alone.
     """
     options = {"project": project, "cwd": cwd, "env": _environment(variables), "timeout": timeout}
     line = " ".join(words) if shell or len(words) == 1 else shlex.join(words)
@@ -79,6 +80,7 @@ class _Build:
         self._output = output
         self._task_id = task_id
         self._talks = screen.err.is_terminal and not screen.as_json
+        self._attempt: str | None = None
         self._live = True
         self.kept = Kept()
 
@@ -130,10 +132,12 @@ class _Build:
 
     def _piece(self, piece: Piece) -> None:
         if piece.kind == "begin":
-            self._say(f"runs at {piece.facts.get('node', 'a node')}")
+            again = ", again" if self._attempt else ""
+            self._attempt = piece.facts.get("attempt")
+            self._say(f"runs at {piece.facts.get('node', 'a node')}{again}")
         elif piece.kind == "output":
             self._write(piece)
-        elif piece.facts.get("state") not in states.READY_STATES:
+        elif piece.facts.get("state") not in states.READY_STATES and piece.facts.get("attempt") == self._attempt:
             self._screen.note(f"this attempt has ended ({piece.facts.get('state')}): it is tried again", "yellow")
 
     def _say(self, text: str) -> None:

@@ -14,7 +14,9 @@ from pool.cli.words import plain
 @click.argument("nodes", metavar="[NODE]...", nargs=-1)
 @timeout_option
 def sweep(app: Any, screen: Screen, nodes: tuple[str, ...], timeout: float) -> int:
-    """Have NODEs, or all nodes, evict the backends that were idle for too long now.
+    """Evict idle backends now.
+
+    At these nodes, or at all: those that were idle for longer than POOL_IDLE_TIMEOUT.
 
     Exits with 1 if a node does not answer.
     """

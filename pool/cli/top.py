@@ -40,10 +40,13 @@ LEAST = 3
 @click.option("--count", "looks", type=click.IntRange(min=1), metavar="N", help="End after N looks.  [default: never]")
 @timeout_option
 def top(app: Any, screen: Screen, interval: float, looks: int | None, timeout: float) -> int:
-    """Watch nodes, their busiest backends and the tasks that run. q or Ctrl-C ends.
+    """Watch nodes, busy backends and running tasks.
+
+    q or Ctrl-C ends.
 
     With --json it looks once.
     """
+    app.loader.import_default_modules()  # a task knows which of its arguments is the key
     if screen.as_json:
         screen.tell(Look.of(Nodes(app, timeout), limit=50).told())
         return OK
