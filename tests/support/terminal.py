@@ -29,6 +29,7 @@ class Terminal:
         self.cwd = cwd
         self.size = columns, lines
         self.output = b""
+        self._closed = False
 
     def __enter__(self) -> Self:
         self._ours, theirs = pty.openpty()
@@ -45,11 +46,12 @@ class Terminal:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait(20)
+        self._closed = True
         os.close(self._ours)
 
     def _read(self) -> bool:
         """Take what there is; False: the program has closed the terminal."""
-        while select.select([self._ours], [], [], 0)[0]:
+        while not self._closed and select.select([self._ours], [], [], 0)[0]:
             try:
                 data = os.read(self._ours, 65536)
             except OSError:
