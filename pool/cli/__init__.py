@@ -32,6 +32,8 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _HOME:
+            if ctx.resilient_parsing:  # a shell completes a line
+                return None
             ctx.fail(f"no such command: {cmd_name!r}. There are: {', '.join(_HOME)}.")
         command: click.Command = getattr(importlib.import_module(f"pool.cli.{_HOME[cmd_name]}"), cmd_name)
         return command

@@ -46,8 +46,14 @@ class Screen:
 
     def show(self, *parts: RenderableType) -> None:
         """Print for people; nothing with JSON."""
-        if not self.as_json:
-            self.out.print(*parts, sep="\n", soft_wrap=False)
+        if self.as_json:
+            return
+        if self.out.is_terminal:
+            self.out.print(*parts, sep="\n")
+            return
+        with self.out.capture() as captured:
+            self.out.print(*parts, sep="\n")
+        self.out.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def tell(self, value: Any) -> None:
         """Print for programs; nothing without JSON."""

@@ -9,6 +9,8 @@ import sys
 import pytest
 from celery import Celery
 from celery.bin.base import CLIContext
+from click import Group
+from click.shell_completion import BashComplete
 from click.testing import CliRunner
 
 import tasks.builds  # noqa: F401 - a shared task: every app knows it
@@ -123,3 +125,14 @@ def test_celerys_own_commands_pay_nothing_for_ours():
     script = "import pool.cli, sys; print(sorted({'celery', 'rich', 'redis', 'asyncio'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [("celery pool st", ["status"]), ("celery pool run --pr", ["--project"]), ("celery pool nope x", [])],
+)
+def test_a_shell_can_complete_commands_and_options(line, found):
+    """By click's own means, and without asking anybody."""
+    words = line.split()[1:]
+    completion = BashComplete(Group(commands={"pool": pool}), {}, "celery", "_CELERY_COMPLETE")
+    assert [item.value for item in completion.get_completions(words[:-1], words[-1])] == found
