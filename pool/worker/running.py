@@ -17,8 +17,8 @@ from pool.worker.progress import Progress
 from pool.worker.time_limits import Limits, TimeLimits
 
 if TYPE_CHECKING:
-    from pool.worker.live_output import LiveOutput
-    from pool.worker.live_task import LiveTask
+    from pool.live.output import LiveOutput
+    from pool.live.task import LiveTask
 
 logger = logging.getLogger(__name__)
 
