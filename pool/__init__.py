@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pool.backends.workspace import FileStat
     from pool.borrowing import Borrowed
     from pool.config import GroupLimit, PoolConfig, Settings
-    from pool.keys import SHARED
+    from pool.keys import SHARED, check_key
     from pool.live.follow import Piece, afollow, follow
     from pool.manager import BackendPoolManager
     from pool.observer import Observer, Step
@@ -90,6 +90,7 @@ __all__ = [
     "TurnTimeout",
     "afollow",
     "cancel_turn",
+    "check_key",
     "check_prompt",
     "close_chat",
     "close_idle_chats",
@@ -125,6 +126,7 @@ _HOME = {
     "Turn": "backends.turn",
     "afollow": "live.follow",
     "cancel_turn": "worker.maintenance",
+    "check_key": "keys",
     "check_prompt": "backends.agent",
     "close_chat": "worker.maintenance",
     "close_idle_chats": "worker.maintenance",

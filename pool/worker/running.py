@@ -135,6 +135,12 @@ class Running:
                 if len(self._last) > REMEMBERED:
                     self._last.popitem(last=False)
 
+    def uses(self, task_id: str, agent: str) -> None:
+        """Note which of its key's backends a task has asked for."""
+        with self._lock:
+            if (run := self._runs.get(task_id)) is not None:
+                run.agent = agent
+
     def cancel(self, task_id: str, reason: str) -> bool:
         """End a task where it waits for its backend, or will next; False: it does not run here."""
         with self._lock:

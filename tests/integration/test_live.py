@@ -14,12 +14,12 @@ import redis
 from celery import Celery
 
 from pool.errors import BackendUnavailable, ConfigError
+from pool.live import output
 from pool.live.follow import Piece, afollow, follow
 from pool.live.format import live_key
 from pool.live.output import LiveOutput
 from pool.live.task import LiveTask
 from pool.runtime import loop_thread
-from pool.live import output
 from tests.support.proxy import Proxy
 from tests.support.redis_servers import EmbeddedServer
 from tests.support.waiting import wait_until

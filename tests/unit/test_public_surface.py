@@ -12,8 +12,8 @@ SURFACE = """
     Borrowed CHAT_LANE Capabilities ChatTurn CommandFailed CommandTimeout ConfigError ExecResult FileMissing
     FileOperationFailed FileStat GroupLimit InvalidKey LocalFilesystemBackend MemoryBackend NotOwner
     Observer PathEscapeError Piece PoolConfig PoolError PoolExhausted PoolStats PooledTask RemoteFilesystemBackend SHARED
-    ScopedBackend Settings Step TaskCancelled Turn TurnFailed TurnTimeout afollow cancel_turn check_prompt close_chat
-    close_idle_chats follow install
+    ScopedBackend Settings Step TaskCancelled Turn TurnFailed TurnTimeout afollow cancel_turn check_key check_prompt
+    close_chat    close_idle_chats follow install
     sweep_shard
 """.split()
 
