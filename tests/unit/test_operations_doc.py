@@ -16,9 +16,8 @@ from pool import Settings, install
 from pool.observer import Step, StepName
 from pool.sharding.coordinator import ShardStep
 from pool.snapshot import BackendInfo
-from pool.worker.control import stats_reply
 from pool.worker.explain import explain
-from pool.worker.report import row
+from pool.worker.report import row, stats_of
 from tests.support.services import require_service
 
 ROOT = Path(pool.__file__).parents[1]
@@ -49,7 +48,7 @@ def named(text: str) -> set[str]:
 
 def test_every_field_of_pool_stats_is_told_of(extension: Any) -> None:
     """And no other."""
-    assert first_column(section("**`pool_stats`**", "**`pool_backends")) == set(stats_reply(extension))
+    assert first_column(section("**`pool_stats`**", "**`pool_backends")) == set(stats_of(extension))
 
 
 def test_every_field_of_pool_explain_is_told_of(extension: Any) -> None:
