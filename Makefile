@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := test,lint,bench,flower
+# Test processes at a time. Most tests wait for processes of their own, not for the processor.
+JOBS ?= 2
 # Two real coding agents from npm, for the demo and the tests of agents. POOL_AGENTS_DIR names another place for them.
 AGENTS_DIR := $(or $(POOL_AGENTS_DIR),.pool/agents)
 NPM_AGENTS := @zed-industries/codex-acp@0.16.0 opencode-linux-x64@1.18.33
@@ -13,7 +15,7 @@ demo: $(VENV)/.base $(if $(AGENTS),agents $(VENV)/.agents)
 	@$(BIN)/python -m pool.demo $(if $(KILL),--kill) $(if $(AGENTS),--agents) $(if $(JSON),--json)
 
 test: $(VENV)/.full
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.full
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ NAMES = (
     "warm_build",
     "live_output",
     "throughput",
+    "steering",
     "fairness",
     "handoff",
     "shutdown",

@@ -25,8 +25,8 @@ from benchmarks.harness import (
 )
 from pool import BackendPoolManager, LocalFilesystemBackend, RemoteFilesystemBackend
 from pool.backends.output import TAP
-from pool.live import follow
-from pool.worker.live_output import LiveOutput
+from pool.live.follow import follow
+from pool.live.output import LiveOutput
 
 MEGABYTES = 50
 LINE = "cc -O2 -Wall -c -o build/objects/some/module/of/the/program.o src/some/module/of/it.c"

@@ -1,7 +1,8 @@
 """The Celery app of the throughput table, with or without the pool; everything else is alike.
 
 BENCH_BROKER: its URL. BENCH_SHARDS: number of shard queues; 0: plain Celery, one queue. BENCH_LATE=1: plain tasks are
-acknowledged late, as pooled ones are. BENCH_PREFETCH: prefetch multiplier of a plain worker.
+acknowledged late, as pooled ones are. BENCH_PREFETCH: prefetch multiplier of a plain worker. BENCH_ACQUIRE=1: pooled
+tasks use their backend. BENCH_METRICS: the port of the node's metrics.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from pool import MemoryBackend, PooledTask, Settings, install
 URL = os.environ.get("BENCH_BROKER", "memory://")
 SHARDS = int(os.environ.get("BENCH_SHARDS", "0"))
 CONCURRENCY = 8
+ACQUIRES = os.environ.get("BENCH_ACQUIRE") == "1"
 
 app = Celery(f"bench{SHARDS}", broker=URL, backend="disabled://")
 app.conf.update(
@@ -57,11 +59,15 @@ if SHARDS:
         namespace=os.environ["BENCH_QUEUE"],
         shards=SHARDS,
         concurrency=CONCURRENCY,
+        metrics_port=int(os.environ.get("BENCH_METRICS", "0")),
     )
     install(app, settings, backend_class=MemoryBackend)
 
     @app.task(base=PooledTask, bind=True, key="user_id", name="bench.pooled")
     def pooled(self: PooledTask, user_id: str, until: int) -> None:  # noqa: ARG001
+        if ACQUIRES:
+            with self.backend() as backend:
+                backend.exists("x")
         _ran(until)
 
 

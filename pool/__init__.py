@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from pool.backends.workspace import FileStat
     from pool.borrowing import Borrowed
     from pool.config import GroupLimit, PoolConfig, Settings
-    from pool.keys import SHARED
+    from pool.keys import SHARED, check_key
+    from pool.live.follow import Piece, afollow, follow
     from pool.manager import BackendPoolManager
+    from pool.observer import Observer, Step
     from pool.stats import PoolStats
     from pool.worker.chats import ChatTurn
     from pool.worker.install import install
@@ -70,7 +72,9 @@ __all__ = [
     "LocalFilesystemBackend",
     "MemoryBackend",
     "NotOwner",
+    "Observer",
     "PathEscapeError",
+    "Piece",
     "PoolConfig",
     "PoolError",
     "PoolExhausted",
@@ -79,14 +83,18 @@ __all__ = [
     "RemoteFilesystemBackend",
     "ScopedBackend",
     "Settings",
+    "Step",
     "TaskCancelled",
     "Turn",
     "TurnFailed",
     "TurnTimeout",
+    "afollow",
     "cancel_turn",
+    "check_key",
     "check_prompt",
     "close_chat",
     "close_idle_chats",
+    "follow",
     "install",
     "sweep_shard",
 ]
@@ -106,17 +114,23 @@ _HOME = {
     "GroupLimit": "config",
     "LocalFilesystemBackend": "backends.local",
     "MemoryBackend": "backends.memory",
+    "Observer": "observer",
+    "Piece": "live.follow",
     "PoolConfig": "config",
     "PoolStats": "stats",
     "PooledTask": "worker.task",
     "RemoteFilesystemBackend": "backends.ssh",
     "ScopedBackend": "backends.scoped",
     "Settings": "config",
+    "Step": "observer",
     "Turn": "backends.turn",
+    "afollow": "live.follow",
     "cancel_turn": "worker.maintenance",
+    "check_key": "keys",
     "check_prompt": "backends.agent",
     "close_chat": "worker.maintenance",
     "close_idle_chats": "worker.maintenance",
+    "follow": "live.follow",
     "install": "worker.install",
     "sweep_shard": "worker.maintenance",
 }

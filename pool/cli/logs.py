@@ -11,7 +11,8 @@ from pool.cli.nodes import Problem, within
 from pool.cli.outcome import outcome_of
 from pool.cli.output import Output
 from pool.cli.screen import Screen
-from pool.live import Piece, follow
+from pool.live.follow import follow
+from pool.live.format import Piece
 
 PATIENCE = 10.0
 """Seconds for Redis to tell what it has, where nothing is followed."""

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 from pool.cli.screen import Screen
 from pool.cli.words import count, harmless
-from pool.live import Piece
+from pool.live.format import Piece
 
 KEPT = 10**6
 """Bytes."""

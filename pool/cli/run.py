@@ -16,7 +16,8 @@ from pool.cli.signals import CancelOnInterrupt
 from pool.cli.words import duration
 from pool.errors import CommandFailed, ConfigError
 from pool.keys import check_key
-from pool.live import Piece, follow
+from pool.live.follow import follow
+from pool.live.format import Piece
 
 TASK = "tasks.builds.run_build"
 RESULT_PATIENCE = 10.0

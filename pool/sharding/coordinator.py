@@ -72,7 +72,7 @@ class ShardStep(NamedTuple):
     epoch: int
     """The highest of theirs."""
     source: str
-    """The node they came from, if any."""
+    """The node they came from; "": nobody had them, or they went."""
     seconds: float
     """Since the leases came, or, on the way out, since that began."""
 
@@ -269,7 +269,7 @@ class Coordinator:
         await self.worker.consume([tenancy.shard for tenancy in tenancies])
         for source in sorted({tenancy.source for tenancy in tenancies}):
             came = [tenancy for tenancy in tenancies if tenancy.source == source]
-            self._tell(_ARRIVALS[source.how], came, now() - min(tenancy.born for tenancy in came))
+            self._tell(_ARRIVALS[source.how], came, now() - min(t.born for t in came), source=source.node)
 
     async def _stop(self, tenancies: list[Tenancy]) -> None:
         await self.worker.cancel([tenancy.shard for tenancy in tenancies])
@@ -279,7 +279,7 @@ class Coordinator:
         await self.worker.clear()
         await self._see_the_end([tenancy for tenancy in tenancies if "overdue" in tenancy.history])
         logger.info("handed over %s", _named(tenancies))
-        self._tell("handoff", tenancies, now() - min(tenancy.moved for tenancy in tenancies))
+        self._tell("handoff", tenancies, now() - min(tenancy.moved for tenancy in tenancies), source="")
         self._happened("closed", tenancies)
 
     async def _see_the_end(self, overdue: list[Tenancy]) -> None:
@@ -296,13 +296,13 @@ class Coordinator:
         logger.warning("lost the leases of %s: ending what runs under them", _named(tenancies))
         shards = [tenancy.shard for tenancy in tenancies]
         await asyncio.gather(self.worker.clear(), self.worker.cancel(shards))
-        self._tell("lost", tenancies, now() - min(tenancy.since for tenancy in tenancies))
+        self._tell("lost", tenancies, now() - min(tenancy.since for tenancy in tenancies), source="")
         self._happened("abandoned", tenancies)
 
-    def _tell(self, what: Any, tenancies: list[Tenancy], seconds: float) -> None:
+    def _tell(self, what: Any, tenancies: list[Tenancy], seconds: float, *, source: str) -> None:
         shards = tuple(sorted(tenancy.shard for tenancy in tenancies))
         epoch = max(tenancy.epoch for tenancy in tenancies)
-        self.tell(ShardStep(what, shards, epoch, tenancies[0].source.node, seconds))
+        self.tell(ShardStep(what, shards, epoch, source, seconds))
 
     async def _rejoin(self) -> None:
         logger.warning("this node was taken for dead: it joins again")

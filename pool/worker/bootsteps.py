@@ -7,11 +7,13 @@ goodbye to it.
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import click
 from celery import bootsteps
+from celery.exceptions import WorkerShutdown
 
 from pool.errors import ConfigError
 from pool.worker import rabbitmq
@@ -89,8 +91,11 @@ class OwnershipStep(bootsteps.StartStopStep):
         extension.calls.attach(worker.hub)
         extension.consumption.turns = extension.turns
         if extension.tenant is not None:
-            with refusals():
+            try:
                 extension.tenant.start()
+            except ConfigError as error:
+                logger.critical("this node must not take part: %s", error)
+                raise WorkerShutdown(os.EX_CONFIG) from None
 
     def stop(self, worker: Any) -> None:
         """Give back what has not started and wait for what runs, with the hub turning: the broker hears heartbeats."""

@@ -4,12 +4,12 @@ import threading
 from collections import Counter
 from typing import Any
 
+from pool.live.output import LiveOutput
 from pool.manager import BackendPoolManager
 from pool.observer import Observer, Observers
 from pool.runtime import loop_thread
 from pool.tracing import tracing_observer
 from pool.worker.guard import Guard
-from pool.worker.live_output import LiveOutput
 from pool.worker.report import Report
 from pool.worker.running import Running
 

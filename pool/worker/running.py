@@ -17,8 +17,8 @@ from pool.worker.progress import Progress
 from pool.worker.time_limits import Limits, TimeLimits
 
 if TYPE_CHECKING:
-    from pool.worker.live_output import LiveOutput
-    from pool.worker.live_task import LiveTask
+    from pool.live.output import LiveOutput
+    from pool.live.task import LiveTask
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,12 @@ class Running:
                 self._last.move_to_end(run.key)
                 if len(self._last) > REMEMBERED:
                     self._last.popitem(last=False)
+
+    def uses(self, task_id: str, agent: str) -> None:
+        """Note which of its key's backends a task has asked for."""
+        with self._lock:
+            if (run := self._runs.get(task_id)) is not None:
+                run.agent = agent
 
     def cancel(self, task_id: str, reason: str) -> bool:
         """End a task where it waits for its backend, or will next; False: it does not run here."""

@@ -139,6 +139,8 @@ class PooledTask(Task):
         """
         key = self.pool_key
         self._check_owner(key)
+        if agent is not None:
+            self._extension.running.uses(str(self.request.id), agent)
         borrowed: Borrowed[Any] = self.pool.acquire_backend(key, agent, config)
         try:
             self._check_owner(key)  # again: a backend that was made after the shard was dropped is nobody's to close

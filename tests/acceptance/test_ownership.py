@@ -1,5 +1,6 @@
 """Who may take part in sharing out the shards, and what becomes of single tasks when a shard moves."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -148,7 +149,7 @@ def test_a_second_node_with_the_same_name_is_refused_and_the_first_goes_on(
     first = start("one", env=QUICK)
     assert producer.where(key)["node"] == first.hostname()
     second = start("two", ready=False, options=["-n", first.hostname()], env=QUICK)
-    assert second.wait() != 0
+    assert second.wait() == os.EX_CONFIG
     assert f"another live node has the name '{first.hostname()}'" in " ".join(second.logs().split())
     assert producer.where(key)["pid"] == first.pid
 

@@ -36,8 +36,8 @@ def test_a_killed_node_s_messages_come_to_the_next_node_in_order(
     gate.wait_started()
     waiting = [producer.build(key, f"echo {number} >> order") for number in range(5)]
     second = start("second", env=one)
-    gate.open()
     first.kill("SIGKILL")
+    gate.open()
     assert running.get(timeout=RESULT_TIMEOUT)["node"] == second.hostname()
     assert {result.get(timeout=RESULT_TIMEOUT)["node"] for result in waiting} == {second.hostname()}
     assert producer.built(key, "cat order")["output"] == "0\n1\n2\n3\n4\n"

@@ -14,12 +14,12 @@ import redis
 from celery import Celery
 
 from pool.errors import BackendUnavailable, ConfigError
-from pool.live import Piece, afollow, follow
-from pool.live_format import live_key
+from pool.live import output
+from pool.live.follow import Piece, afollow, follow
+from pool.live.format import live_key
+from pool.live.output import LiveOutput
+from pool.live.task import LiveTask
 from pool.runtime import loop_thread
-from pool.worker import live_output
-from pool.worker.live_output import LiveOutput
-from pool.worker.live_task import LiveTask
 from tests.support.proxy import Proxy
 from tests.support.redis_servers import EmbeddedServer
 from tests.support.waiting import wait_until
@@ -340,7 +340,7 @@ def test_a_server_that_is_restarted_loses_only_what_there_was_no_room_for(tmp_pa
 def test_an_outage_is_logged_once_and_forgets_the_oldest_tasks_output(server, caplog):
     """What waits of tasks that have ended is bounded; all of it that is left is written in the end."""
     parts = redis.connection.parse_url(server.url)
-    caplog.set_level("INFO", "pool.worker.live_output")
+    caplog.set_level("INFO", "pool.live.output")
     with Proxy((parts["host"], parts["port"])) as proxy:
         site = Site(server.url.replace(f":{parts['port']}/", f":{proxy.port}/"))
         try:
@@ -354,14 +354,14 @@ def test_an_outage_is_logged_once_and_forgets_the_oldest_tasks_output(server, ca
                 task.close("SUCCESS")
             wait_until(lambda: site.live._failures > 2, "it has failed again and again")
             held = sum(task.pending.size + sum(chunk.size for chunk in task.flying) for task in tasks)
-            assert held <= live_output.ENDED_BYTES
+            assert held <= output.ENDED_BYTES
             proxy.mend()
             wait_until(lambda: all(task.done for task in tasks), "their ends are written", 20.0)
             assert site.live._held == 0
             assert not site.live._ended
         finally:
             site.close()
-    said = [record.getMessage() for record in caplog.records if record.name == "pool.worker.live_output"]
+    said = [record.getMessage() for record in caplog.records if record.name == "pool.live.output"]
     assert len(said) == 2
     assert "cannot be written" in said[0]
     assert "written again" in said[1]

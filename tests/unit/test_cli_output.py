@@ -7,7 +7,7 @@ import pytest
 
 from pool.cli.output import KEPT, Kept, Output
 from pool.cli.screen import Screen
-from pool.live import Piece
+from pool.live.format import Piece
 
 
 class Stream(io.TextIOWrapper):

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pool.errors import ConfigError
-from pool.live import afollow, follow
-from pool.live_format import Piece, Transcript, live_key
-from pool.worker.live_output import LiveOutput
-from pool.worker.live_pending import ENTRY_COST, Pending
-from pool.worker.live_tape import Tape
-from pool.worker.stopwatch import Stopwatch
+from pool.live.follow import afollow, follow
+from pool.live.format import Piece, Transcript, live_key
+from pool.live.output import LiveOutput
+from pool.live.pending import ENTRY_COST, Pending
+from pool.live.stopwatch import Stopwatch
+from pool.live.tape import Tape
 
 
 class FakeStream:

@@ -11,8 +11,9 @@ SURFACE = """
     AcquireTimeout AgentBackend Backend BackendClosed BackendPoolManager BackendStatus BackendUnavailable
     Borrowed CHAT_LANE Capabilities ChatTurn CommandFailed CommandTimeout ConfigError ExecResult FileMissing
     FileOperationFailed FileStat GroupLimit InvalidKey LocalFilesystemBackend MemoryBackend NotOwner
-    PathEscapeError PoolConfig PoolError PoolExhausted PoolStats PooledTask RemoteFilesystemBackend SHARED
-    ScopedBackend Settings TaskCancelled Turn TurnFailed TurnTimeout cancel_turn check_prompt close_chat close_idle_chats install
+    Observer PathEscapeError Piece PoolConfig PoolError PoolExhausted PoolStats PooledTask RemoteFilesystemBackend SHARED
+    ScopedBackend Settings Step TaskCancelled Turn TurnFailed TurnTimeout afollow cancel_turn check_key check_prompt
+    close_chat    close_idle_chats follow install
     sweep_shard
 """.split()
 

@@ -111,7 +111,7 @@ def test_what_heeds_term_gets_the_chance(start, tmp_path):
         "0-{machine}.{pid}.1.0123456789abcdef",
         "{machine}.0x1.1.0123456789abcdef",
         "{machine}.{pid}.-1.0123456789abcdef",
-        f"{owner().replace('{', '')}.0123456789abcdef",
+        pytest.param(f"{owner()}.0123456789abcdef", id="this-process"),
     ],
 )
 def test_nothing_else_is_touched(start, theirs):

@@ -5,11 +5,11 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pool.worker.live_pending import Chunk, Pending
-from pool.worker.live_tape import Tape
+from pool.live.pending import Chunk, Pending
+from pool.live.tape import Tape
 
 if TYPE_CHECKING:
-    from pool.worker.live_output import LiveOutput
+    from pool.live.output import LiveOutput
 
 
 class LiveTask:

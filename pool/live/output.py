@@ -20,11 +20,11 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from pool.config import check_number
-from pool.live_format import live_key
+from pool.live.format import live_key
+from pool.live.stopwatch import Stopwatch
+from pool.live.task import LiveTask
 from pool.runtime import loop_thread
 from pool.sharding.redis_store import plain_url
-from pool.worker.live_task import LiveTask
-from pool.worker.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pool.worker.live_pending import Chunk
+from pool.live.pending import Chunk
 
 Command = tuple[Any, ...]
 

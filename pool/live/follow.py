@@ -22,7 +22,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from pool.config import check_number
 from pool.errors import BackendUnavailable, ConfigError, PoolError
-from pool.live_format import FINAL, Piece, Transcript, live_key
+from pool.live.format import FINAL, Piece, Transcript, live_key
 from pool.runtime import loop_thread
 from pool.sharding.redis_store import plain_url
 
