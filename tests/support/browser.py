@@ -20,6 +20,7 @@ from urllib3.exceptions import HTTPError
 from tests.support.waiting import wait_until
 
 _START_TIMEOUT = 60.0  # seconds until the driver listens
+_PORTS = 5  # attempts to find one
 _ANSWER_TIMEOUT = 60.0  # seconds for any command, a page's load included
 _STOP_TIMEOUT = 10.0
 
@@ -147,27 +148,8 @@ class Browser:
         self.web.execute("executeCdpCommand", {"cmd": command, "params": parameters})
 
     def _start(self, chromium: str, chromedriver: str) -> None:
-        log_file = self.folder / "chromedriver.log"
-        # A home of its own: nothing of a person's profile gets in, nothing is left behind.
-        env = {"PATH": "/usr/bin:/bin", "HOME": str(self.folder), "TMPDIR": str(self.folder), "LANG": "C.UTF-8"}
-        with log_file.open("ab") as log:
-            self._driver = subprocess.Popen(
-                [chromedriver, "--port=0"],
-                cwd=self.folder,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-        def listening() -> Any:
-            assert self._driver is not None
-            text = log_file.read_text(errors="replace")
-            assert self._driver.poll() is None, f"chromedriver ended: {text}"
-            return re.search(r"started successfully on port (\d+)", text)
-
-        port = wait_until(listening, "chromedriver listens", _START_TIMEOUT)[1]
+        port = next(filter(None, (self._start_driver(chromedriver) for _ in range(_PORTS))), None)
+        assert port is not None, f"chromedriver found no port that is free in IPv4 and IPv6, {_PORTS} times"
         options = ChromeOptions()
         options.binary_location = chromium
         for argument in (*_QUIET, f"--user-data-dir={self.folder / 'profile'}"):
@@ -181,6 +163,33 @@ class Browser:
         # The window's size has a frame in it, this has not.
         self._devtools("Emulation.setDeviceMetricsOverride", **self._size)
         self._devtools("Network.enable")
+
+    def _start_driver(self, chromedriver: str) -> str | None:
+        """Start it; return its port. None: the port that it took in IPv6 was taken in IPv4, and it gave up."""
+        log_file = self.folder / "chromedriver.log"
+        # A home of its own: nothing of a person's profile gets in, nothing is left behind.
+        env = {"PATH": "/usr/bin:/bin", "HOME": str(self.folder), "TMPDIR": str(self.folder), "LANG": "C.UTF-8"}
+        with log_file.open("wb") as log:
+            self._driver = subprocess.Popen(
+                [chromedriver, "--port=0"],
+                cwd=self.folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+        def listening() -> Any:
+            assert self._driver is not None
+            ended = self._driver.poll() is not None
+            text = log_file.read_text(errors="replace")
+            taken = ended and "port not available" in text
+            assert taken or not ended, f"chromedriver ended: {text}"
+            return taken or re.search(r"started successfully on port (\d+)", text)
+
+        found = wait_until(listening, "chromedriver listens", _START_TIMEOUT)
+        return None if found is True else found[1]
 
     def _note(self) -> None:
         """Remember the processes below the driver."""
