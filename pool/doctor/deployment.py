@@ -16,9 +16,9 @@ from redis.retry import Retry
 from pool.config import Settings
 from pool.doctor.checks import Unreachable
 from pool.doctor.finding import said
-from pool.doctor.table import LeaseTable
 from pool.errors import ConfigError
-from pool.sharding.redis_store import plain_url
+from pool.sharding.redis_store import keys_of, plain_url
+from pool.sharding.table import KEYS, LOOK, Table
 
 
 class Deployment:
@@ -71,13 +71,13 @@ class Deployment:
             retry=Retry(NoBackoff(), 0),
         )
 
-    def table(self) -> LeaseTable | None:
+    def table(self) -> Table | None:
         """The lease table as it is now; None: there is no server for one. Raises `Unreachable`."""
         if self.settings.redis_url is None:
             return None
         try:
             with self.redis(str(self.settings.redis_url)) as client:
-                return LeaseTable.read(client, self.settings.namespace)
+                return Table.of(client.eval(LOOK, len(KEYS), *keys_of(self.settings.namespace, *KEYS)))
         except (RedisError, OSError, ConfigError) as error:
             raise Unreachable(f"The lease table cannot be read: {said(error)}") from error
 

@@ -7,8 +7,8 @@ from redis.exceptions import RedisError
 from pool.doctor.checks import Unreachable
 from pool.doctor.deployment import Deployment
 from pool.doctor.finding import Finding, info, many, ok, said, warning
-from pool.doctor.table import LeaseTable
 from pool.errors import ConfigError
+from pool.sharding.table import Table
 from pool.worker.claims import claimants
 from pool.worker.takeover import RedisTakeover, takeover_for
 
@@ -47,14 +47,14 @@ def check_messages(deployment: Deployment) -> Iterator[Finding]:
         yield ok("messages", f"No dead node holds messages; {len(holders)} live ones may.")
 
 
-def _lives(claimant: str, table: LeaseTable | None, answering: set[str]) -> bool:
+def _lives(claimant: str, table: Table | None, answering: set[str]) -> bool:
     if claimant.partition("/")[0] in answering:  # it puts back what a former life of its has left
         return True
     seat = table.members.get(claimant) if table is not None else None
-    return seat is not None and seat.left > 0
+    return seat is not None and seat.lives
 
 
-def _report(deployment: Deployment, takeover: RedisTakeover, table: LeaseTable | None, name: str, held: int) -> Finding:
+def _report(deployment: Deployment, takeover: RedisTakeover, table: Table | None, name: str, held: int) -> Finding:
     node, _, life = name.partition("/")
     what = f"{node} had taken {many(held, 'message')}, is not there any more, and nobody has put them back."
     why = "Their tasks wait."
@@ -67,8 +67,8 @@ def _report(deployment: Deployment, takeover: RedisTakeover, table: LeaseTable |
         )
     seat = table.members.get(name) if table is not None else None
     # By the rule of the nodes themselves: who is no member any more is dead; one TTL more, for our own clock's sake.
-    known = table is not None and table.shards is not None and not table.quarantined
-    sure = known and (seat is None or -seat.left > deployment.settings.lease_ttl)
+    known = table is not None and table.shards is not None and table.settles_in <= 0
+    sure = known and (seat is None or -seat.ends_in > deployment.settings.lease_ttl)
     if not (deployment.fix and sure):
         return warning("messages-left", what, why, "Start a node: it puts them back; or run doctor with --fix.")
     moved = takeover.restore(name)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pool.doctor.deployment import Deployment
 from pool.doctor.finding import Finding, error, info, many, ok, warning
-from pool.doctor.table import LeaseTable
+from pool.sharding.table import Table
 
 SHOWN = 8
 """Names or shards in one sentence, at most."""
@@ -15,7 +15,7 @@ def check_nodes(deployment: Deployment) -> Iterator[Finding]:
     before = deployment.table()
     answering = deployment.answering()
     table = deployment.table()
-    seats = table.nodes if table is not None else {}
+    seats = table.living if table is not None else {}
     outside = answering - set(seats)
     consumed = _consumed(deployment, outside) if outside else {}
     found = [
@@ -43,9 +43,9 @@ def _consumed(deployment: Deployment, nodes: set[str]) -> dict[str, set[int]]:
     return found
 
 
-def _differing(deployment: Deployment, table: LeaseTable | None) -> Iterator[Finding]:
+def _differing(deployment: Deployment, table: Table | None) -> Iterator[Finding]:
     settings = deployment.settings
-    if table is not None and table.nodes and table.shards not in (None, settings.shards):
+    if table is not None and table.living and table.shards not in (None, settings.shards):
         yield error(
             "shards-differ",
             f"POOL_SHARDS={settings.shards} here, but the nodes have {table.shards}.",
@@ -54,25 +54,25 @@ def _differing(deployment: Deployment, table: LeaseTable | None) -> Iterator[Fin
         )
 
 
-def _members(table: LeaseTable | None, answering: set[str]) -> Iterator[Finding]:
+def _members(table: Table | None, answering: set[str]) -> Iterator[Finding]:
     if table is None:
         return
     for seat in table.members.values():
-        if seat.left <= 0 and not table.nodes:
+        if not seat.lives and not table.living:
             yield warning(
                 "node-dead",
                 f"{seat.node} has sent no heartbeat for longer than POOL_LEASE_TTL, and no node is there to take over.",
                 "The tasks of its shards wait.",
                 "Start a node.",
             )
-        elif seat.left > 0 and seat.node not in answering:
+        elif seat.lives and seat.node not in answering:
             yield warning(
                 "node-silent",
                 f"{seat.node} holds leases, but does not answer on the broker.",
                 "Its connection to the broker is lost, or its main thread hangs: the tasks of its shards wait.",
                 "Look into its log; if it does not recover, restart it: the others take its shards over.",
             )
-        elif seat.left > 0 and seat.state == "draining":
+        elif seat.lives and seat.state == "draining":
             yield info(
                 "node-draining",
                 f"{seat.node} is draining: it hands its shards over and takes none.",
@@ -81,7 +81,7 @@ def _members(table: LeaseTable | None, answering: set[str]) -> Iterator[Finding]
             )
 
 
-def _outsiders(table: LeaseTable | None, outside: set[str], consumed: dict[str, set[int]]) -> Iterator[Finding]:
+def _outsiders(table: Table | None, outside: set[str], consumed: dict[str, set[int]]) -> Iterator[Finding]:
     for node in sorted(outside):
         shards = consumed.get(node, set())
         twice = {shard for shard in shards if table is not None and table.owner(shard)}
@@ -107,9 +107,9 @@ def _outsiders(table: LeaseTable | None, outside: set[str], consumed: dict[str, 
 
 
 def _shards(
-    deployment: Deployment, before: LeaseTable | None, table: LeaseTable | None, consumed: dict[str, set[int]]
+    deployment: Deployment, before: Table | None, table: Table | None, consumed: dict[str, set[int]]
 ) -> Iterator[Finding]:
-    seats = table.nodes if table is not None else {}
+    seats = table.living if table is not None else {}
     if not seats and not consumed:
         yield warning("no-nodes", "No node runs.", "Tasks wait.", "celery -A worker_config worker")
         return
@@ -126,7 +126,7 @@ def _shards(
         for shard in range(deployment.settings.shards)
         if shard not in fixed and not any(look is not None and look.owner(shard) for look in (before, table))
     ]
-    if unowned and not (table is not None and table.quarantined):
+    if unowned and (table is None or table.settles_in <= 0):
         yield warning(
             "shards-unowned",
             f"Nobody owns {_some(set(unowned))}.",

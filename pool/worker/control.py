@@ -7,7 +7,6 @@ What they answer is a documented interface: ``docs/operations.md``.
 import logging
 import threading
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from time import monotonic
 from typing import Any
 
@@ -35,10 +34,8 @@ def pool_stats(state: Any) -> dict[str, Any]:
 @inspect_command(args=[("limit", int), ("key", str)], signature="[limit [key pattern]]")
 def pool_backends(state: Any, limit: int = 100, key: str | None = None) -> dict[str, Any]:
     """List the backends of a node, the busiest first; of keys that match a pattern (``acme:*``), or of all."""
-    rows = report_of(state.app.warm_pool).backends()
-    if key is not None:
-        rows = [row for row in rows if fnmatchcase(row["key"], key)]
-    return {"total": len(rows), "shown": min(limit, len(rows)), "backends": rows[: max(0, limit)]}
+    total, rows = report_of(state.app.warm_pool).busiest(max(0, limit), key)
+    return {"total": total, "shown": len(rows), "backends": rows}
 
 
 @inspect_command(args=[("key", str)], signature="<key>")

@@ -5,9 +5,12 @@ child posts its report on the `Board` every second, for its parent to read.
 """
 
 import asyncio
+import heapq
 import json
 import logging
 import os
+import sys
+from fnmatch import fnmatchcase
 from time import time
 from typing import Any
 
@@ -38,10 +41,16 @@ class Report:
                 "pid": os.getpid(), "age_s": 0.0}  # fmt: skip
 
     def backends(self, key: str | None = None) -> list[Row]:
-        """Describe the backends of one key or of all, the busiest first."""
+        """Describe the backends of one key, the busiest first."""
+        return self.busiest(sys.maxsize, key=key)[1]
+
+    def busiest(self, limit: int, pattern: str | None = None, key: str | None = None) -> tuple[int, list[Row]]:
+        """Describe *limit* backends of keys that match, the busiest first; and how many match."""
         infos = self._extension.pool.get_backends(key)
-        infos.sort(key=lambda info: (-(info.busy or -1.0), -info.waiters, info.idle or 0.0))
-        return [row(info, self._extension.settings.shards) for info in infos]
+        if pattern is not None:
+            infos = [info for info in infos if fnmatchcase(info.key, pattern)]
+        first = heapq.nsmallest(limit, infos, lambda info: (-(info.busy or -1.0), -info.waiters, info.idle or 0.0))
+        return len(infos), [row(info, self._extension.settings.shards) for info in first]
 
     def runs(self, key: str | None = None) -> list[Row]:
         """Describe the tasks under way."""
@@ -59,11 +68,10 @@ class Report:
 
     def whole(self) -> bytes:
         """Everything, for the board."""
-        rows = self.backends()
         told = {
             "at": time(),
             "stats": self.stats(),
-            "backends": rows[:POSTED_ROWS],
+            "backends": self.busiest(POSTED_ROWS)[1],
             "runs": self.runs(),
             "last": self.last(),
             "metrics": self.metrics(),
@@ -90,6 +98,10 @@ class Posted:
         if not self._told:
             return {}
         return {**self._told["stats"], "age_s": round(time() - self._told["at"], 3)}
+
+    def busiest(self, limit: int, pattern: str | None = None) -> tuple[int, list[Row]]:
+        rows = [row for row in self.backends() if pattern is None or fnmatchcase(row["key"], pattern)]
+        return len(rows), rows[:limit]
 
     def backends(self, key: str | None = None) -> list[Row]:
         return [row for row in self._told.get("backends", ()) if key in (None, row["key"])]
