@@ -67,6 +67,7 @@ class LocalFilesystemBackend(WorkspaceBackend):
 
     async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
         shell = ShellCommand(command, cwd.chain, {})
+        capture.hidden = shell.token.encode()
         running = _Command(capture)
         starting = asyncio.ensure_future(
             asyncio.get_running_loop().subprocess_exec(

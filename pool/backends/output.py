@@ -116,12 +116,16 @@ class Capture:
         self.streams: dict[Stream, HeadTail] = {"stdout": HeadTail(limit), "stderr": HeadTail(limit)}
         self._sink = sink
         self._tap = tap
+        self.hidden = b""
+        """Pieces of stderr that hold this are for us alone, and not passed on."""
         self._count = 0
 
     def feed(self, stream: Stream, data: bytes) -> None:
         """Take one piece as it arrives."""
         self._count += 1
         self.streams[stream].add(self._count, data)
+        if self.hidden and stream == "stderr" and self.hidden in data:
+            return
         if self._tap is not None:
             self._tap(stream, data)
         if self._sink is not None:

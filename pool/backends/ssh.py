@@ -250,6 +250,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
 
     async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
         shell = ShellCommand(command, cwd.chain, env)
+        capture.hidden = shell.token.encode()
         session = await self._start_anew(shell, capture)
         code = await session.ended()
         shell.raise_notice(code, capture.tail())

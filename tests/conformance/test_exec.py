@@ -225,6 +225,14 @@ def test_a_missing_cwd_is_a_missing_file(backend):
         backend.exec("true", cwd="nowhere", env={"A": "1"}, check=False)
 
 
+def test_who_follows_a_command_sees_nothing_of_the_script_around_it(backend):
+    """Its word about a missing folder is an exception, and no output."""
+    pieces = []
+    with pytest.raises(FileMissing):
+        backend.exec("pwd", cwd="nowhere", on_output=lambda *piece: pieces.append(piece))
+    assert pieces == []
+
+
 @pytest.mark.parametrize("cwd", ["..", "../outside", "a/../../outside", "/.."])
 def test_cwd_does_not_leave_the_root_by_dots(backend, cwd):
     """An escape is refused, not cut off."""
