@@ -45,7 +45,7 @@ def measure(*, quick: bool) -> Report:
         from benchmarks.steering_app import app, fill
 
         with Worker("benchmarks.steering_app", "one", env, log=folder / "node.log") as worker:
-            worker.until(lambda: pong(app, "one@bench"), "the node answers")
+            worker.until(lambda: pong(app, "one"), "the node answers")
             worker.until(lambda: _ask(app, "pool_stats")["shards"] == 64, "it has its shards")
             fill.delay("filler", backends).get(timeout=120)
             _answers(report, app, env, 5 if quick else 21)
@@ -91,7 +91,9 @@ def _answers(report: Report, app: Any, env: dict[str, str], rounds: int) -> None
 
 
 def _cancels(report: Report, app: Any, count: int) -> None:
-    build: Callable[..., Any] = app.tasks["tasks.builds.run_build"].delay
+    from tasks import run_build
+
+    build: Callable[..., Any] = run_build.delay
     gone, warm = [], 0
     for number in range(count):
         file = Path(build("user-1", "pwd").get(timeout=60)["output"].strip()) / f"pid{number}"

@@ -7,7 +7,7 @@ import pytest
 
 from pool import SHARED, Backend, LocalFilesystemBackend, MemoryBackend
 from pool.errors import ConfigError, InvalidKey
-from pool.hosts import _NOT_IN_FILES, KINDS, Hosts, make_backend
+from pool.hosts import _NOT_IN_FILES, KINDS, Hosts, _kind, make_backend
 from pool.tables import TYPES
 
 
@@ -169,4 +169,4 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_the_type_of_every_field_is_known(kind):
     """A new constructor argument needs its rule, or it would fail with a KeyError."""
-    assert set(inspect.signature(KINDS[kind]).parameters) - set(_NOT_IN_FILES) <= set(TYPES)
+    assert set(inspect.signature(_kind(kind, "")).parameters) - set(_NOT_IN_FILES) <= set(TYPES)

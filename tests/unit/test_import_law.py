@@ -132,3 +132,12 @@ def test_importing_pool_imports_little():
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_who_has_no_ssh_host_does_not_pay_for_ssh():
+    """A producer, or a command line, that only sends tasks: a third of a second of asyncssh."""
+    script = "import pool.worker.install, pool.hosts, sys; print(sorted({'asyncssh'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "[]\n", done.stderr
