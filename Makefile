@@ -12,7 +12,7 @@ NPM_AGENTS := @zed-industries/codex-acp@0.16.0 opencode-linux-x64@1.18.33
 .PHONY: demo test lint bench agents clean
 
 demo: $(VENV)/.base $(if $(AGENTS),agents $(VENV)/.agents)
-	@$(BIN)/python -m pool.demo $(if $(KILL),--kill) $(if $(AGENTS),--agents) $(if $(JSON),--json)
+	@$(BIN)/python -m pool.demo $(if $(KILL),--kill) $(if $(AGENTS),--agents) $(if $(JSON),--json) $(if $(KEEP),--keep)
 
 test: $(VENV)/.full
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)

@@ -4,6 +4,7 @@ import argparse
 import json
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def main() -> int:
     which.add_argument("--kill", action="store_true", help="kill -9 one of three nodes while builds run")
     which.add_argument("--agents", action="store_true", help="chat with two real coding agents, offline")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--keep", action="store_true", help="let the nodes run on until Ctrl-C")
     parser.add_argument("--users", type=int, default=12, help="not with --agents")
     parser.add_argument("--tasks", type=int, default=300, help="builds in all; not with --kill, --agents")
     parser.add_argument("--folder", type=Path, default=Path(".pool/demo"), help="made anew; keeps the logs")
@@ -37,27 +39,36 @@ def main() -> int:
         if options.agents:
             check_agents()
         with Stage(options.folder, console, ENVIRONMENT if options.agents else None) as stage:
-            demo: Any
-            if options.agents:
-                demo = Conversations(stage)
-            elif options.kill:
-                demo = Takeover(stage, options.users)
-            else:
-                demo = Affinity(stage, options.users, options.tasks)
+            demo = _demo(options, stage)
             report = demo.run()
+            print(json.dumps(asdict(report))) if options.json else demo.show(report)
+            if options.keep:
+                _keep(stage)
     except KeyboardInterrupt:
         console.print("interrupted; everything was stopped")
         return 130
     except DemoError as error:
         console.print(f"[red]{error}")
         return 1
-    if options.json:
-        print(json.dumps(asdict(report)))
-    else:
-        demo.show(report)
     if not report.ok:
         console.print(f"[red]not as promised; logs are in {options.folder}")
     return 0 if report.ok else 1
+
+
+def _demo(options: argparse.Namespace, stage: Stage) -> Any:
+    if options.agents:
+        return Conversations(stage)
+    return Takeover(stage, options.users) if options.kill else Affinity(stage, options.users, options.tasks)
+
+
+def _keep(stage: Stage) -> None:
+    """Let somebody look around, until Ctrl-C."""
+    celery = f"POOL_DATA_DIR={stage.shown_folder} {Path(sys.executable).parent / 'celery'} -A worker_config"
+    stage.console.print("\nEverything runs on until Ctrl-C. In another terminal, here:", highlight=False)
+    for command in ("pool status", "pool top", "pool explain user-1", "pool run user-1 -- uname -a", "flower"):
+        stage.console.print(f"  {celery} {command}", highlight=False, soft_wrap=True)
+    with suppress(KeyboardInterrupt):
+        signal.pause()
 
 
 def _interrupt(number: int, _frame: object) -> None:

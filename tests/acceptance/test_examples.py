@@ -118,6 +118,28 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     }
 
 
+def test_a_demo_that_is_kept_lets_one_look_around(tmp_path: Path) -> None:
+    """By the commands that it names, until Ctrl-C; then it ends as it would have."""
+    with start_demo(tmp_path / "demo", "--keep", "--users", "2", "--tasks", "6") as demo:
+        assert demo.stdout is not None
+        try:
+            commands = []
+            while not any(" flower" in line for line in commands):
+                commands.append(demo.stdout.readline())
+                assert commands[-1], demo.stderr and demo.stderr.read()
+            for words in ("pool status", "pool explain user-1", "pool run user-1 -- uname -a"):
+                (line,) = [line for line in commands if line.rstrip().endswith(words)]
+                done = subprocess.run(
+                    line, shell=True, cwd=CHECKOUT, env=bare_environment(), capture_output=True, text=True, timeout=60, check=False
+                )  # fmt: skip
+                assert done.returncode == 0, done.stdout + done.stderr
+            assert os.uname().release in done.stdout
+        finally:
+            demo.send_signal(signal.SIGINT)
+            demo.communicate(timeout=DEMO_TIMEOUT)
+    assert demo.returncode == 0
+
+
 def test_the_demo_kills_a_node_and_loses_nothing(tmp_path: Path) -> None:
     """``make demo KILL=1``: builds ran there and run again elsewhere, every build succeeds, each key in one process at a time."""
     with start_demo(tmp_path / "demo", "--kill", "--json", "--users", "6") as demo:
