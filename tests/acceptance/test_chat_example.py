@@ -127,7 +127,8 @@ def test_a_terminal_gets_a_prompt_and_ctrl_d_leaves(site: Site, key: str) -> Non
         with suppress(OSError):  # its end
             while until not in seen:
                 seen += os.read(ours, 1000)
-        found, seen = seen, b""
+        end = seen.find(until) + len(until) if until in seen else len(seen)
+        found, seen = seen[:end], seen[end:]  # what came with it is read next
         return found
 
     with chat(site, key, "echo", stdin=theirs, stdout=theirs, stderr=theirs) as process:
