@@ -35,7 +35,8 @@ class Interrupt:
             self._error, self._once = error, once
             waits = list(self._waits)
         for wake in waits:
-            wake()
+            with contextlib.suppress(RuntimeError):  # the event loop of one that waits is closed: it waits no more
+                wake()
 
     @property
     def is_set(self) -> bool:

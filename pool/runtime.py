@@ -138,6 +138,8 @@ class Call(Generic[T]):
             raise PoolError("the event loop of the pool is closed") from None
 
     def _start(self) -> None:
+        if self.future.done():  # cancelled before
+            return
         self._task = self.owner.loop.create_task(self._coroutine)
         self._task.add_done_callback(self._done)
 

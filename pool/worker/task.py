@@ -1,5 +1,6 @@
 """`PooledTask`: base class of tasks that have a key."""
 
+import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -207,8 +208,14 @@ class PooledTask(Task):
             return super().__call__(*args, **kwargs)
         if self.request.is_eager:
             return self._run(args, kwargs)
-        with self._extension.running.task(self, None if self.shard else self.pool_key):
+        with self._extension.running.task(self, self._key_if_any):
             return self._run(args, kwargs)
+
+    @property
+    def _key_if_any(self) -> str | None:
+        with contextlib.suppress(InvalidKey):  # it is told when the task asks for its backend
+            return None if self.shard else self.pool_key
+        return None
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:

@@ -127,6 +127,23 @@ def test_turns_of_a_chat_run_one_at_a_time_and_hold_no_thread(site, start, turn,
     assert [text.split(";")[0] for text in texts] == [f"turn {n + 2}: number {n}" for n in range(6)]
 
 
+def test_a_turn_can_be_cancelled_like_any_task(site, start, turn, turned, key, producer):
+    """By pool_cancel: state REVOKED; the agent stays, and remembers what it had heard."""
+    node = start()
+    turned(key, "hello")
+    (agent,) = agents_of(site)
+    result = turn(key, "/slow 100 on and on")
+    wait_until(lambda: result.state == "PROGRESS", "it works", RESULT_TIMEOUT)
+    (reply,) = producer.app.control.broadcast("pool_cancel", {"task_id": result.id}, reply=True, timeout=60, limit=1)
+    assert reply == {node.hostname(): {"ok": "cancelling tasks.turns.run_turn", "found": "running"}}
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=RESULT_TIMEOUT)
+    told = turned(key, "still there?")
+    assert told["warm"]
+    assert "hello" in told["text"]
+    assert agents_of(site) == [agent]
+
+
 def test_a_running_turn_can_be_cancelled(site, start, turn, turned, key, producer, records):
     """By a task, or by a plain call; it returns what was said so far, and the chat goes on with its memory."""
     start("a")
