@@ -121,7 +121,8 @@ async def tell(build: str, pieces: AsyncIterator[Piece], transcript: "Transcript
     try:
         while True:
             try:
-                piece = await asyncio.wait_for(queue.get(), QUIET)
+                async with asyncio.timeout(QUIET):
+                    piece = await queue.get()
             except TimeoutError:
                 with suppress(*AWAY):  # the follower waits for Redis to come back
                     yield event("progress", await ask(look, build))
