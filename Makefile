@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := test,lint,bench,flower
-# Test processes at a time. Most tests wait for processes of their own, not for the processor.
+# Test processes at a time, for tests that bear company.
 JOBS ?= 2
 # Two real coding agents from npm, for the demo and the tests of agents. POOL_AGENTS_DIR names another place for them.
 AGENTS_DIR := $(or $(POOL_AGENTS_DIR),.pool/agents)
@@ -15,7 +15,12 @@ demo: $(VENV)/.base $(if $(AGENTS),agents $(VENV)/.agents)
 	@$(BIN)/python -m pool.demo $(if $(KILL),--kill) $(if $(AGENTS),--agents) $(if $(JSON),--json) $(if $(KEEP),--keep)
 
 test: $(VENV)/.full
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+ifdef ARGS
+	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
+endif
 
 lint: $(VENV)/.full
 	$(BIN)/ruff check .

@@ -7,25 +7,16 @@ import pytest
 from tests.support.rabbitmq import RabbitServer, rabbitmq_binary
 from tests.support.services import require_service
 
-MACHINE_WIDE = {
-    "test_agent_killed.py",
-    "test_chat_example.py",
-    "test_cli.py",
-    "test_doctor.py",
-    "test_examples.py",
-    "test_leftovers.py",
-    "test_real_agents.py",
-    "test_turns.py",
-}
-"""Files that end, or look for, what killed workers left anywhere on this machine: never two of them side by side."""
+ALONE = {"test_agent_killed.py", "test_doctor.py", "test_leftovers.py"}
+"""Files that end, or look for, what killed workers have left anywhere on this machine; acceptance tests do, too."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes, keep the tests of a file in one of them; they share servers and nodes."""
+    """Mark what must not run beside other tests."""
     for item in items:
-        group = "machine" if item.path.name in MACHINE_WIDE else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.path.name in ALONE or "acceptance" in item.path.parts:
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ def test_wrong_usage_exits_with_2(silent, arguments, message):
     """Before anything is sent, and with the rule that is broken."""
     found = invoke(app_of(silent), *arguments)
     assert found.exit_code == 2
-    assert message in found.output
+    assert message in " ".join(found.output.split())
 
 
 def test_an_app_without_a_pool_is_told(silent):
