@@ -32,7 +32,7 @@ BACKENDS = 10_000
 
 
 def measure(*, quick: bool) -> Report:
-    backends, cancels, rounds = (1000, 5, 1) if quick else (BACKENDS, 50, 5)
+    backends, cancels, starts = (1000, 5, 1) if quick else (BACKENDS, 50, 6)
     report = Report("steering", f"one node with {backends} backends; {cancels} builds cancelled; metrics on and off")
     with scratch() as folder, broker(folder) as url, ssh_server(folder) as (_, info):
         env = {
@@ -50,7 +50,7 @@ def measure(*, quick: bool) -> Report:
             fill.delay("filler", backends).get(timeout=120)
             _answers(report, app, env, 5 if quick else 21)
             _cancels(report, app, cancels)
-        _metrics(report, url, 300 if quick else 1000, rounds)
+        _metrics(report, url, 300 if quick else 1000, starts)
     return report
 
 
@@ -112,18 +112,23 @@ def _cancels(report: Report, app: Any, count: int) -> None:
     report.raw["cancels"] = gone
 
 
-def _metrics(report: Report, url: str, tasks: int, rounds: int) -> None:
+def _metrics(report: Report, url: str, tasks: int, starts: int) -> None:
     with socket.socket() as made:
         made.bind(("127.0.0.1", 0))
         port = made.getsockname()[1]
     base = {"BENCH_SHARDS": "64", "BENCH_ACQUIRE": "1"}
     envs = {"off": base, "a twin": base, "on": {**base, "BENCH_METRICS": str(port)}}
-    with ExitStack() as stack:
-        nodes = {name: stack.enter_context(Contestant(url, n, env)) for n, (name, env) in enumerate(envs.items())}
-        runs = {name: partial(node.round, tasks) for name, node in nodes.items()}
-        interleaved(runs, 1)
-        walls = interleaved(runs, rounds)
-        cpus = {name: node.cpu[1:] for name, node in nodes.items()}
+    walls: dict[str, list[float]] = {name: [] for name in envs}
+    cpus: dict[str, list[float]] = {name: [] for name in envs}
+    for start in range(starts):  # the same worker started twice differs for as long as it lives
+        order = [*envs][start % 3 :] + [*envs][: start % 3]
+        with ExitStack() as stack:
+            nodes = {name: stack.enter_context(Contestant(url, n, envs[name])) for n, name in enumerate(order)}
+            runs = {name: partial(node.round, tasks) for name, node in nodes.items()}
+            interleaved(runs, 1)
+            for name, seconds in interleaved(runs, 3).items():
+                walls[name].append(p50(seconds))
+                cpus[name].append(p50(nodes[name].cpu[1:]))
     what = "metrics on / off: CPU time of tasks that only borrow their backend"
     report.add(what, ratio(cpus["on"], cpus["off"]), "x", 1.02, remark=spread(cpus["on"]))
     report.add("... wall clock", ratio(walls["on"], walls["off"]), "x")
