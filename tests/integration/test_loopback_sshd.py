@@ -265,7 +265,7 @@ def test_a_slow_reader_stops_the_command_not_the_server(server):
 
     async def talker(connection):
         process = await connection.create_process(
-            "head -c 209715200 /dev/zero & echo $!; wait", encoding=None, window=64 * 1024
+            "sh -c 'echo $$; exec head -c 209715200 /dev/zero' & wait", encoding=None, window=64 * 1024
         )
         pid = int(await process.stdout.readline())
         # Blocked in its write: asleep twice in a row, with the same number of bytes written.
