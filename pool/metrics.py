@@ -49,7 +49,7 @@ MOVE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 FAILURE_REASONS = ("resolve", "refused", "unreachable", "timeout", "host_key", "login", "sessions", "lost", "setup")
 EVICTION_REASONS = ("idle", "lru")
-RETIREMENT_REASONS = ("config", "lost", "lifetime", "key_closed")
+RETIREMENT_REASONS = ("config", "lost", "lifetime", "key_closed", "replaced")
 
 Snapshot = Callable[[], Mapping[str, Any]]
 

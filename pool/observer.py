@@ -22,8 +22,8 @@ class Step(NamedTuple):
     """Of backend (``ssh``, ``local``, ...); "" as long as there is none."""
     reason: str = ""
     """failed: as `BackendUnavailable.reason`; evicted: ``idle`` or ``lru``; retired: ``config``, ``lost``,
-    ``lifetime`` or ``key_closed``; closed: why it left the pool, which besides these may be ``released`` (it had no
-    key), ``expelled`` (its shard was lost) or ``shutdown``."""
+    ``lifetime``, ``key_closed`` or ``replaced``; closed: why it left the pool, which besides these may be ``released``
+    (it had no key), ``expelled`` (its shard was lost) or ``shutdown``."""
     seconds: float = 0.0
     """created, failed: what the connect took; evicted: for how long it was idle; else since it was connected."""
 

@@ -108,9 +108,8 @@ def _backend(row: dict[str, Any]) -> Cell:
 
 
 def _run(run: dict[str, Any]) -> Cell:
-    doing = f", {run['doing']}" if run.get("doing") else ""
     return (
-        f"{run['name']} for {duration(run['seconds'])}, {many(run['lines'], 'line')}{doing}  {run['task_id']}",
+        f"{run['name']} for {duration(run['seconds'])}, {many(run['lines'], 'line')}  {run['task_id']}",
         "yellow",
     )
 

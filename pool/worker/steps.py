@@ -98,6 +98,8 @@ class Events:
             self._queue.put_nowait((kind, fields))
         except queue.Full:
             self.left_out += 1
+            if self.left_out == 1:
+                logger.warning("events of the pool are left out: the broker does not take them as fast as they come")
 
     def _start(self) -> None:
         with self._lock:
