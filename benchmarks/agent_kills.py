@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Killing:
             for number, name in enumerate(names)
         ]
         for number, (name, node) in enumerate(zip(names, nodes, strict=True)):
-            node.until(lambda name=name: pong(self.site.app, name), "answers a ping")
+            node.until(partial(pong, self.site.app, name), "answers a ping")
             self._work(range(number * share, (number + 1) * share), f"{batch}-{number}")
         for node in nodes:
             node.until(lambda: self._pids() >= PROCESSES, "its agents run", BOOT)
@@ -147,7 +148,7 @@ def _has_mark(process: psutil.Process) -> bool:
 def _add_agents(site: AgentSite, info: Any) -> Path:
     """Write the hosts file: agents that fork and one that does not, on the worker and on the host; its store there."""
     site.write_hosts(ssh_hosts(site.folder, info).read_text())
-    there = info.home / remote_folder(site.folder)
+    there: Path = info.home / remote_folder(site.folder)
     store = there / "store"
     store.mkdir(parents=True)
     shutil.copy(ECHO_AGENT, there)

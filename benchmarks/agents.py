@@ -72,7 +72,7 @@ def _shuffled(contestants: Mapping[str, Ask], rounds: int) -> dict[str, list[flo
 
 
 def _through_celery(site: AgentSite, name: str) -> Ask:
-    ready = []
+    ready: list[str] = []
 
     def ask() -> None:
         got = site.turn("chat", name, PROMPT)
@@ -122,7 +122,7 @@ def _acp(command: Sequence[str], env: Mapping[str, str], folder: Path) -> Iterat
     """An agent over the SDK's own stdio, in an event loop of this thread."""
     import acp
 
-    client = _Client()
+    client: Any = _Client()  # the SDK asks for more than is needed
     with asyncio.Runner() as runner:
         context = acp.spawn_agent_process(client, command[0], *command[1:], env=dict(env), cwd=folder)
         connection, _ = runner.run(context.__aenter__())

@@ -29,7 +29,7 @@ def measure(*, quick: bool) -> Report:
             "known_hosts": str(info.known_hosts),
             "root_dir": remote_folder(folder),
         }
-        pools = {
+        pools: dict[str, BackendPoolManager[Any]] = {
             "local": BackendPoolManager(LocalFilesystemBackend, local),
             f"ssh ({which})": BackendPoolManager(RemoteFilesystemBackend, remote),
         }

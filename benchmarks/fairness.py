@@ -23,7 +23,7 @@ def measure(*, quick: bool) -> Report:
     report = Report("fairness", f"one node, 32 threads; one user with {QUEUED:,} builds of 1 s queued")
     with fleet() as site:
         waits = {"nobody else": _waits(site, probes, flood=False)}
-        waits |= {name: _waits(site, probes, **env) for name, env in LIMITS.items()}
+        waits |= {name: _waits(site, probes, flood=True, **env) for name, env in LIMITS.items()}
         mixed = {name: _Mixed(site, **env) for name, env in LIMITS.items()}
         told = interleaved({name: load.run for name, load in mixed.items()}, rounds)
     limited, unlimited = LIMITS
@@ -48,7 +48,7 @@ def measure(*, quick: bool) -> Report:
     return report
 
 
-def _waits(site: Fleet, probes: int, *, flood: bool = True, **env: str) -> list[float]:
+def _waits(site: Fleet, probes: int, *, flood: bool, **env: str) -> list[float]:
     """Seconds from sending a task of a quiet user to its start."""
     chance = random.Random(5)
     busy, *quiet = keys_by_shard().values()

@@ -60,8 +60,9 @@ class Report:
 
     def show(self) -> None:
         table = Table(title=f"{self.name}: {self.title}", title_justify="left", title_style="bold", expand=False)
-        for heading, justify in (("what", "left"), ("measured", "right"), ("required", "right"), ("", "left")):
-            table.add_column(heading, justify=justify, overflow="fold")
+        for heading in ("what", "measured", "required", ""):
+            numbers = heading in ("measured", "required")
+            table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
         for row in self.rows:
             required = "" if row.target is None else f"{'>=' if row.least else '<='} {_number(row.target)} {row.unit}"
             verdict = {None: row.remark, True: "[green]reached[/]", False: "[red]not reached[/]"}[row.reached]

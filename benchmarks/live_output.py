@@ -53,7 +53,7 @@ def measure(*, quick: bool) -> Report:
             "known_hosts": str(info.known_hosts),
             "root_dir": remote_folder(folder),
         }
-        pools = {
+        pools: dict[str, BackendPoolManager[Any]] = {
             "local": BackendPoolManager(LocalFilesystemBackend, {"root_dir": str(folder / "work")}),
             which: BackendPoolManager(RemoteFilesystemBackend, remote),
         }

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def nodes(*shards: str, concurrency: int = 32) -> Iterator[Nodes]:
             name = f"node{number}"
             worker = Worker("benchmarks.build_app", name, {**env, "POOL_NODE_SHARDS": part})
             stack.enter_context(worker)
-            worker.until(lambda name=name: pong(app, name), "answers a ping")
+            worker.until(partial(pong, app, name), "answers a ping")
         yield Nodes(app, which, info)
 
 

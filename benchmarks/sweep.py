@@ -114,7 +114,7 @@ def _ours_evicting(pool: BackendPoolManager[MemoryBackend]) -> float:
 def _drop(pool: BackendPoolManager[MemoryBackend]) -> None:
     """Close the pool without waiting for 100,000 closes."""
     effects: Effects = []
-    pool._life.shutdown(effects)
+    pool._life.shutdown(monotonic(), effects)
 
 
 async def _their_full_pool() -> Any:
