@@ -3,23 +3,20 @@
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import stat as stat_bits
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pool.backends.base import Capabilities
 from pool.backends.leftovers import owner
 from pool.backends.output import Capture, Stream
-from pool.backends.paths import refuse_nested, refuse_outside
 from pool.backends.process import PipedProcess
 from pool.backends.shell import KILL_GRACE, PipedCommand, ShellCommand, check_env
 from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
 from pool.config import check_number
-from pool.errors import BackendClosed, BackendUnavailable, FileOperationFailed
+from pool.errors import BackendClosed, BackendUnavailable, FileOperationFailed, PathEscapeError
+from pool.helper import files
 
 T = TypeVar("T")
 
@@ -108,106 +105,59 @@ class LocalFilesystemBackend(WorkspaceBackend):
     # -- files: the calls block, so they run in threads
 
     async def read_file(self, place: Place) -> bytes:
-        return await self._guarded("read", place, lambda real: Path(real).read_bytes())
+        def read(path: bytes, roots: list[bytes]) -> bytes:
+            file = files.begin_read(path, roots)
+            try:
+                return b"".join(iter(lambda: os.read(file, 1 << 20), b""))
+            finally:
+                os.close(file)
+
+        return await self._guarded("read", place, read)
 
     async def write_file(self, place: Place, data: bytes) -> None:
-        await self._guarded("write", place, lambda real: _replace(real, data))
+        def write(path: bytes, roots: list[bytes]) -> None:
+            replacement = files.Replacement(path, roots)
+            try:
+                replacement.write(data)
+                replacement.commit()
+            finally:
+                replacement.end()
+
+        await self._guarded("write", place, write)
 
     async def list_folder(self, place: Place) -> list[str]:
-        return await self._guarded("readdir", place, os.listdir)
+        return [os.fsdecode(name) for name in await self._guarded("readdir", place, files.names)]
 
     async def make_folder(self, place: Place) -> None:
-        await self._guarded("mkdir", place, lambda real: os.makedirs(real, exist_ok=True))
+        await self._guarded("mkdir", place, files.make_folder)
 
     async def stat_file(self, place: Place) -> FileStat:
-        def describe(real: str) -> FileStat:
-            found = os.stat(real)
-            return FileStat(found.st_size, found.st_mtime, found.st_mode, stat_bits.S_ISDIR(found.st_mode))
-
-        return await self._guarded("stat", place, describe)
+        found = await self._guarded("stat", place, files.stat)
+        return FileStat(found.st_size, found.st_mtime, found.st_mode, stat_bits.S_ISDIR(found.st_mode))
 
     async def remove(self, place: Place, *, recursive: bool) -> None:
-        def remove(path: str) -> None:
-            if os.path.islink(path) or not os.path.isdir(path):
-                os.unlink(path)
-            elif recursive:
-                shutil.rmtree(path)
-            else:
-                os.rmdir(path)
-
-        await self._guarded("rm", place, remove, follow=False)
+        await self._guarded("rm", place, lambda path, roots: files.remove(path, roots, recursive))
 
     async def move(self, source: Place, target: Place) -> None:
-        def move(path: str) -> None:
-            os.replace(path, _real(target, follow=False))
-
-        await self._guarded("rename", source, move, follow=False)
+        await self._guarded("rename", source, lambda path, roots: files.move(path, roots, *_under(target)))
 
     async def touch_file(self, place: Place) -> None:
-        def touch(real: str) -> None:
-            os.makedirs(os.path.dirname(real), exist_ok=True)
-            Path(real).touch()
+        await self._guarded("touch", place, files.touch)
 
-        await self._guarded("touch", place, touch)
-
-    async def _guarded(self, operation: str, place: Place, work: Callable[[str], T], *, follow: bool = True) -> T:
-        """Call *work* with the symlink-free path, in a thread; map what it raises."""
-
-        def call() -> T:
-            return work(_real(place, follow=follow))
-
+    async def _guarded(self, operation: str, place: Place, work: Callable[[bytes, list[bytes]], T]) -> T:
+        """Call *work* in a thread; map what it raises."""
         try:
-            return await asyncio.to_thread(call)
-        except FileOperationFailed:
-            raise
+            return await asyncio.to_thread(work, *_under(place))
+        except files.Outside as error:
+            text = f"path {place.path!r} leaves the root through a symlink, to {os.fsdecode(error.args[0])!r}"
+            raise PathEscapeError(text) from error
         except OSError as error:
             raise FileOperationFailed.of(error.errno or 0, operation, place.path) from error
 
 
-def _real(place: Place, *, follow: bool = True) -> str:
-    """Return the path without symlinks (without *follow* the last one stays) if it is inside its root."""
-    root = refuse_nested([os.path.realpath(path) for path in (*place.outer, place.root)], place.path)
-    if follow or place.path == ".":
-        real = os.path.realpath(place.full)
-    else:
-        folder, name = os.path.split(place.full)
-        real = os.path.join(os.path.realpath(folder), name)
-    refuse_outside(real, root, place.path)
-    return real
-
-
-def _replace(path: str, data: bytes) -> None:
-    """Write beside the file, then rename over it."""
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    if os.path.isdir(path):
-        raise IsADirectoryError(21, os.strerror(21))
-    handle, temporary = tempfile.mkstemp(prefix=f".{name[:100]}.", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, _mode_for(path))
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _mode_for(path: str) -> int:
-    """Return the mode of the file that is replaced, or the ordinary one for a new file."""
-    try:
-        return stat_bits.S_IMODE(os.stat(path).st_mode)
-    except FileNotFoundError:
-        return 0o666 & ~_UMASK
-
-
-def _read_umask() -> int:
-    umask = os.umask(0o022)
-    os.umask(umask)
-    return umask
-
-
-_UMASK = _read_umask()  # once, at import: reading it changes it for a moment
+def _under(place: Place) -> tuple[bytes, list[bytes]]:
+    """The path and its roots, as `pool.helper.files` takes them."""
+    return os.fsencode(place.full), [os.fsencode(root) for root in (*place.outer, place.root)]
 
 
 class _Command(asyncio.SubprocessProtocol):

@@ -50,6 +50,10 @@ class ExecResult(Generic[Text]):
     truncated: bool
     output: Text
     """Both streams in the order in which they arrived."""
+    cpu_seconds: float | None = None
+    """CPU time of the command and what it waited for; None: the host does not tell."""
+    max_rss: int | None = None
+    """Bytes of memory of the largest process among those; None: the host does not tell."""
 
 
 class HeadTail:
@@ -118,6 +122,8 @@ class Capture:
         self._tap = tap
         self.hidden = b""
         """Pieces of stderr that hold this are for us alone, and not passed on."""
+        self.usage: tuple[float, int] | tuple[None, None] = None, None
+        """CPU seconds and largest RSS in bytes, where the host tells."""
         self._count = 0
 
     def feed(self, stream: Stream, data: bytes) -> None:
@@ -155,7 +161,7 @@ class Capture:
         texts = join(stdout), join(stderr)
         output = join(both) if stdout and stderr else texts[0] or texts[1]
         truncated = any(stream.omitted for stream in self.streams.values())
-        return ExecResult(exit_code, texts[0], texts[1], duration, truncated, output)
+        return ExecResult(exit_code, texts[0], texts[1], duration, truncated, output, *self.usage)
 
 
 class Consumer(Protocol):

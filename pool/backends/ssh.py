@@ -13,6 +13,8 @@ import asyncssh
 
 from pool.backends.base import BackendStatus, Capabilities
 from pool.backends.channels import Channels, CommandSession
+from pool.backends.helper_files import HelperFiles
+from pool.backends.helper_start import EXEC_MODES, Launcher
 from pool.backends.leftovers import owner
 from pool.backends.output import Capture
 from pool.backends.process import PipedProcess
@@ -52,7 +54,10 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     connect, login included. *keepalive_interval* (seconds) times
     *keepalive_count* is how long a silent host is believed to be alive. *max_channels*: sessions for commands and
     files at a time; keep it below the server's MaxSessions (the pulse of ``trust`` takes one more); what exceeds it
-    waits.
+    waits. A helper takes one of them for itself, for any number of commands.
+    *exec_mode*: how commands and files travel. ``"helper"``: through a small program that the host's python3 runs, one
+    round trip for each (`pool.backends.helper`). ``"channel"``: each command on a channel of its own, files by SFTP.
+    ``"auto"``: by the helper, unless the host cannot run it.
     *max_output*: bytes of each output stream that are kept. *env*: added to the environment of every command.
     """
 
@@ -75,6 +80,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         keepalive_interval: float = 15.0,
         keepalive_count: int = 3,
         max_channels: int = 8,
+        exec_mode: str = "auto",
         max_output: int = MAX_OUTPUT,
         env: Mapping[str, str] | None = None,
     ) -> None:
@@ -98,6 +104,10 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._connect_timeout = connect_timeout
         self._keepalive = (keepalive_interval, keepalive_count)
         self._max_channels = max_channels
+        if exec_mode not in EXEC_MODES:
+            raise ConfigError(f"exec_mode={exec_mode!r}: must be one of {', '.join(EXEC_MODES)}")
+        self.exec_mode = exec_mode
+        self._launcher: Launcher | None = None
         self._connection: asyncssh.SSHClientConnection | None = None
         self._channels = Channels(max_channels)
         self._files = RemoteFiles(self)
@@ -124,6 +134,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._connection = connection
         self._channels = Channels(self._max_channels)
         self._files = RemoteFiles(self)
+        where = (self.host, self.port, self.username)
+        self._launcher = Launcher(connection, self._channels, where, self.exec_mode, self.lost_error)
         try:
             root, _ = await asyncio.gather(self._make_root(connection), self._start_pulse(connection))
             self._login_shell, self.root = root
@@ -226,9 +238,12 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self.mark_lost()
 
     async def check(self) -> None:
-        """Have the host run an empty command."""
+        """Have the host answer: its helper, or an empty command."""
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT):
+                _, launcher = await self._live()
+                if helper := launcher.running:
+                    return await helper.ping()
                 session = CommandSession(self, Capture(1024))
                 await (await self._start(await self.live_connection(), "exec true", session)).ended()
         except TimeoutError as error:
@@ -239,6 +254,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         if connection is None:
             return
         self._stop_pulse()
+        if self._launcher is not None:
+            self._launcher.close()
         connection.close()
         try:
             async with asyncio.timeout(_CLOSE_PATIENCE):
@@ -249,6 +266,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     # -- commands
 
     async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
+        if helper := await (await self._live())[1].helper():
+            return await helper.run(command, cwd, env, capture)
         shell = ShellCommand(command, cwd.chain, env)
         capture.hidden = shell.token.encode()
         session = await self._start_anew(shell, capture)
@@ -309,10 +328,13 @@ class RemoteFilesystemBackend(WorkspaceBackend):
 
     async def live_connection(self) -> asyncssh.SSHClientConnection:
         """Return the connection, made anew if it was lost."""
+        return (await self._live())[0]
+
+    async def _live(self) -> tuple[asyncssh.SSHClientConnection, Launcher]:
         await self.ready()
-        if self._connection is None:
+        if self._connection is None or self._launcher is None:
             raise self.lost_error()
-        return self._connection
+        return self._connection, self._launcher
 
     def lost_error(self, error: Exception | None = None) -> PoolError:
         """Return what a user of a connection that broke gets to see."""
@@ -328,29 +350,32 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         """The channels of the present connection."""
         return self._channels
 
+    async def _files_now(self) -> RemoteFiles | HelperFiles:
+        return await (await self._live())[1].files() or self._files
+
     async def read_file(self, place: Place) -> bytes:
-        return await self._files.read(place)
+        return await (await self._files_now()).read(place)
 
     async def write_file(self, place: Place, data: bytes) -> None:
-        await self._files.write(place, data)
+        await (await self._files_now()).write(place, data)
 
     async def list_folder(self, place: Place) -> list[str]:
-        return await self._files.names(place)
+        return await (await self._files_now()).names(place)
 
     async def make_folder(self, place: Place) -> None:
-        await self._files.mkdir(place)
+        await (await self._files_now()).mkdir(place)
 
     async def stat_file(self, place: Place) -> FileStat:
-        return await self._files.stat(place)
+        return await (await self._files_now()).stat(place)
 
     async def remove(self, place: Place, *, recursive: bool) -> None:
-        await self._files.remove(place, recursive=recursive)
+        await (await self._files_now()).remove(place, recursive=recursive)
 
     async def move(self, source: Place, target: Place) -> None:
-        await self._files.move(source, target)
+        await (await self._files_now()).move(source, target)
 
     async def touch_file(self, place: Place) -> None:
-        await self._files.touch(place)
+        await (await self._files_now()).touch(place)
 
     def __repr__(self) -> str:
         user = f"{self.username}@" if self.username else ""

@@ -12,9 +12,11 @@ from tests.support.openssh import OpenSshd, sshd_binary
 from tests.support.rigs import Rig
 from tests.support.services import require_service
 
-OPENSSH = pytest.param("openssh", marks=pytest.mark.openssh)
-SHELLS = ["local", "loopback", OPENSSH]
-SSH = ["loopback", OPENSSH]
+OPENSSH = [pytest.param(kind, marks=pytest.mark.openssh) for kind in ("openssh", "openssh-channel")]
+SSH = ["loopback", "loopback-channel", *OPENSSH]
+SHELLS = ["local", *SSH]
+CHANNELS = ["loopback-channel", OPENSSH[1]]
+"""The kinds whose commands have a channel each."""
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +35,8 @@ def openssh_server(tmp_path_factory):
 
 def _rigs(request, tmp_path):
     kind = request.param
-    info = None if kind in {"memory", "local"} else request.getfixturevalue(f"{kind}_server").info
+    server = kind.partition("-")[0]
+    info = None if kind in {"memory", "local"} else request.getfixturevalue(f"{server}_server").info
     with no_leaks(), Rig(kind, tmp_path, info) as rig:
         yield rig
 

@@ -7,6 +7,7 @@ import pytest
 
 from pool.errors import BackendClosed, CommandTimeout
 from pool.runtime import loop_thread
+from tests.conformance.conftest import CHANNELS, OPENSSH
 from tests.support.processes import wait_gone, wait_pid
 from tests.support.waiting import wait_until
 
@@ -38,11 +39,12 @@ def test_a_timeout_kills_the_whole_family(shell, sh):
     assert shell.logins() == logins
 
 
-@pytest.mark.parametrize("shell", ["local"], indirect=True)
+@pytest.mark.parametrize("shell", ["local", "loopback", OPENSSH[0]], indirect=True)
 def test_a_timeout_kills_who_holds_the_output_of_a_shell_that_has_ended(shell, sh):
     """The command has ended, a child of it has not, and exec waits for its output: the timeout ends that too.
 
-    Not over SSH: there the lifeline is cut with the session's first process, as `docs/architecture.md` tells.
+    Not over a channel of its own: there the lifeline is cut with the session's first process, as
+    `docs/architecture.md` tells.
     """
     with pytest.raises(CommandTimeout):
         sh.exec("sleep 1000 & echo $! > pid", timeout=1)
@@ -132,6 +134,7 @@ def test_destroy_ends_running_commands(shell, sh):
     wait_gone(*pids)
 
 
+@pytest.mark.parametrize("remote", CHANNELS, indirect=True)
 def test_destroy_ends_commands_that_wait_for_a_channel(remote):
     """Who waits in line when the backend is destroyed is told, not forgotten."""
     backend = remote.backend(max_channels=1)

@@ -36,7 +36,8 @@ class Rig:
     """Makes backends of one kind over one fresh folder, and destroys them at the end.
 
     ``root`` is the backends' root, ``outside`` a folder beside it which they must not reach; it holds ``secret``.
-    For the memory kind both are names only.
+    For the memory kind both are names only. Over SSH, commands and files go by the helper, or, for a kind that ends with
+    "-channel", over channels of their own.
     """
 
     def __init__(self, kind: str, tmp_path: Path, info: SshdInfo | None = None) -> None:
@@ -67,7 +68,8 @@ class Rig:
         """Return a new backend over the root; it connects on first use."""
         config = {"root_dir": str(self.root), **config}
         if self.info is not None:
-            backend: WorkspaceBackend = ssh_backend(self.info, **config)
+            mode = "channel" if self.kind.endswith("-channel") else "helper"
+            backend: WorkspaceBackend = ssh_backend(self.info, **{"exec_mode": mode, **config})
         elif self.kind == "local":
             backend = LocalFilesystemBackend(**config)
         else:

@@ -1,0 +1,414 @@
+"""The worker's side of a helper: one channel of an SSH connection, over which all commands and files go.
+
+The other side is `pool.helper`, a small program that the host's ``python3`` runs. A command costs one round trip and
+one fork there, however many run; a cancel ends all that the command started; when the channel closes, for whatever
+reason, the helper ends what still runs.
+"""
+
+import asyncio
+import logging
+import secrets
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import asyncssh
+
+from pool.backends.channels import Channels
+from pool.backends.output import Capture, HeadTail, Stream
+from pool.backends.workspace import Place
+from pool.errors import FileOperationFailed, PathEscapeError, PoolError
+from pool.helper import wire
+from pool.helper.bundle import BOOT, bundle
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT = 5.0
+"""Seconds for the host's python3 to begin; one that takes longer counts as none."""
+_KILL_PATIENCE = wire.KILL_GRACE + 5.5
+"""Seconds for the helper to report that a killed command is gone; it has 5 s itself to make sure."""
+_NOISE = 1 << 20
+"""Bytes that a login shell's start-up files may write before the helper has its say."""
+_CREDIT = wire.WINDOW // 4
+"""Bytes consumed after which the helper is told."""
+
+
+class NoHelper(Exception):
+    """The host cannot run one; the text says why."""
+
+
+class _Call(Protocol):
+    """What goes on under one number."""
+
+    def feed(self, kind: int, data: bytes) -> None:
+        """Take a piece of output, or of a file."""
+
+    def answer(self, kind: int, payload: bytes) -> None:
+        """Take any other frame."""
+
+    def lost(self, error: Exception) -> None:
+        """No more will come."""
+
+
+class Helper(asyncssh.SSHClientSession[bytes]):
+    """A running helper. *lost* makes of a reason the error that users of a broken connection get to see."""
+
+    def __init__(self, lost: Callable[[Exception | None], PoolError], on_end: "Callable[[Helper], None]") -> None:
+        self._lost = lost
+        self._on_end = on_end
+        self._token = secrets.token_hex(8)
+        self._channel: Any = None
+        self._channels: Channels | None = None
+        self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unread = b""
+        self._rest: tuple[int, int, int] | None = None  # of an output frame that came in part: kind, number, bytes
+        self._stderr = HeadTail(4096)
+        self._calls: dict[int, _Call] = {}
+        self._number = 0
+        self._how = ""
+        self._closing = False
+        self.told: dict[int, bytes] = {}
+        """Processes of the commands that run, as the helper told of them."""
+
+    # -- life
+
+    async def start(self, connection: asyncssh.SSHClientConnection, channels: Channels, sweep: list[bytes]) -> None:
+        """Start it on the host, on a lasting channel, and have it end first what an earlier one left (*sweep*).
+
+        Raises `NoHelper`, and what `Channels.granted` raises.
+        """
+        program = bundle()
+        line = "exec " + shlex.join(["python3", "-I", "-S", "-c", BOOT, str(len(program)), self._token])
+        await channels.granted(
+            connection, lambda: connection.create_session(lambda: self, line, encoding=None), lasting=True
+        )
+        self._channels = channels
+        try:
+            self._channel.write(program)
+            if sweep:
+                self._send(wire.SWEEP, 0, wire.join(*sweep))
+            async with asyncio.timeout(START_TIMEOUT):
+                await self._greeted
+        except TimeoutError:
+            self._end_start()
+            raise NoHelper(f"its python3 did not begin within {START_TIMEOUT:g} s") from None
+        except OSError:  # the channel was closed before all was sent
+            await asyncio.wait({self._greeted}, timeout=START_TIMEOUT)
+            self._end_start()
+            raise NoHelper(self._reason()) from None
+        except BaseException:
+            self._end_start()
+            raise
+
+    def _end_start(self) -> None:
+        """Leave no half-started program behind, as far as the server helps."""
+        if self._greeted.done() and not self._greeted.cancelled():
+            self._greeted.exception()
+        if not self.closed:
+            self._channel.kill()
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is of no use any more."""
+        return self._channel is None or self._closing
+
+    def close(self) -> None:
+        """Have it end what runs, and itself."""
+        self._closing = True
+        if self._channel is not None:
+            self._channel.close()
+
+    def _reason(self) -> str:
+        said = self._stderr.tail_text(400).strip().rpartition("\n")[2]
+        return ": ".join(filter(None, ["its python3 did not begin", self._how, said]))
+
+    # -- calls
+
+    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
+        """Run a command to its end; as `Driver.run`. Raises what stands in the way of its start."""
+        chain = cwd.chain
+        texts = [command, str(len(chain)), *chain, *[f"{name}={value}" for name, value in env.items()]]
+        running = _Running(self, command, chain[-1], capture)
+        running.number = self._open(running, wire.EXEC, "\0".join(texts).encode("utf-8", "surrogateescape"))
+        try:
+            return await asyncio.shield(running.ended)
+        except asyncio.CancelledError:
+            await self._kill(running)
+            raise
+
+    async def _kill(self, running: "_Running") -> None:
+        """End it, and return when it is gone."""
+        running.detach()
+        if running.number in self._calls and not self.closed:
+            self._send(wire.KILL, running.number)
+        done, _ = await asyncio.wait({running.ended}, timeout=_KILL_PATIENCE)
+        if done:
+            running.ended.exception()  # nobody asks any more
+        else:
+            self._calls.pop(running.number, None)
+            logger.warning("the helper did not report the end of a killed command within %g s", _KILL_PATIENCE)
+
+    async def operate(self, operation: str, path: str, *arguments: bytes, content: bytes | None = None) -> "Answer":
+        """Do a file operation; *path* is for error messages. Raises `FileOperationFailed`, `PathEscapeError`."""
+        transfer = _Transfer(self, operation, path)
+        number = transfer.number = self._open(transfer, wire.FILE, wire.join(operation.encode(), *arguments))
+        try:
+            if content is not None:
+                await transfer.send(content)
+            return await transfer.ended
+        finally:
+            if self._calls.pop(number, None) and not self.closed:  # cancelled: it goes on, or gives up, without us
+                self._send(wire.KILL, number)
+
+    async def ping(self) -> None:
+        """Return when it has answered."""
+        ping = _Ping()
+        self._open(ping, wire.PING, b"")
+        await ping.ended
+
+    def _open(self, call: _Call, kind: int, payload: bytes) -> int:
+        if self.closed:
+            raise self._lost(None)
+        self._number += 1
+        try:
+            self._send(kind, self._number, payload)
+        except OSError as error:
+            raise self._lost(error) from error
+        self._calls[self._number] = call
+        return self._number
+
+    def _send(self, kind: int, number: int, payload: bytes = b"") -> None:
+        self._channel.write(wire.HEADER.pack(kind, number, len(payload)) + payload)
+
+    def give_credit(self, number: int, count: int) -> None:
+        """Let the helper send *count* bytes more."""
+        if number in self._calls and not self.closed:
+            self._send(wire.CREDIT, number, wire.COUNT.pack(count))
+
+    def send_input(self, number: int, data: bytes) -> None:
+        """Send a piece of content; ``b""`` is its end."""
+        if self.closed:
+            raise self._lost(None)
+        self._send(wire.INPUT, number, data)
+
+    # -- called by asyncssh
+
+    def connection_made(self, chan: Any) -> None:
+        self._channel = chan
+
+    def data_received(self, data: bytes, datatype: int | None) -> None:
+        if datatype is not None:
+            self._stderr.add(0, data)
+        elif self._greeted.done():
+            self._parse(data)
+        else:
+            self._unread += data
+            _, found, rest = self._unread.partition(wire.mark(self._token))
+            if found:
+                self._unread = b""
+                self._greeted.set_result(None)
+                self._parse(rest)
+            else:
+                self._unread = self._unread[-_NOISE:]
+
+    def _parse(self, data: bytes) -> None:
+        at = 0
+        if self._rest is not None:
+            kind, number, length = self._rest
+            self._rest = None
+            at = self._feed(kind, number, length, data, 0)
+        elif self._unread:
+            data = self._unread + data
+            self._unread = b""
+        while len(data) - at >= wire.HEADER.size:
+            kind, number, length = wire.HEADER.unpack_from(data, at)
+            start = at + wire.HEADER.size
+            if kind in (wire.OUT, wire.ERR):
+                at = self._feed(kind, number, length, data, start)
+            elif len(data) - start < length:
+                break
+            else:
+                at = start + length
+                self._answer(kind, number, data[start:at])
+        self._unread = data[at:]
+
+    def _feed(self, kind: int, number: int, length: int, data: bytes, start: int) -> int:
+        """Pass on what there is of an output frame; return where the next frame begins."""
+        piece = data[start : start + length]
+        if len(piece) < length:
+            self._rest = kind, number, length - len(piece)
+        call = self._calls.get(number)
+        if call is not None and piece:
+            call.feed(kind, piece)
+        return start + len(piece)
+
+    def _answer(self, kind: int, number: int, payload: bytes) -> None:
+        if kind == wire.STARTED:
+            self.told[number] = payload
+            return
+        final = kind in (wire.EXIT, wire.DONE, wire.FAILED, wire.PONG)
+        call = self._calls.pop(number, None) if final else self._calls.get(number)
+        if final:
+            self.told.pop(number, None)
+        if call is not None:
+            call.answer(kind, payload)
+
+    def exit_status_received(self, status: int) -> None:
+        self._how = f"exit code {status}"
+
+    def exit_signal_received(self, signal_name: str, core_dumped: bool, msg: str, lang: str) -> None:  # noqa: ARG002
+        self._how = f"killed by SIG{signal_name}"
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._channel = None
+        if self._channels is not None:
+            self._channels.closed(lasting=True)
+        if not self._greeted.done():
+            self._greeted.set_exception(exc if isinstance(exc, asyncssh.Error) else NoHelper(self._reason()))
+            self._greeted.exception()
+            return
+        calls, self._calls = self._calls, {}
+        error = self._lost(exc or (None if self._closing else EOFError(f"its helper ended: {self._how or 'cut off'}")))
+        for call in calls.values():
+            call.lost(error)
+        if not self._closing:
+            self._closing = True
+            self._on_end(self)
+
+
+class _Running:
+    """A command that runs."""
+
+    def __init__(self, helper: Helper, command: str, folder: str, capture: Capture) -> None:
+        self._helper = helper
+        self._command = command
+        self._folder = folder
+        self._capture = capture
+        self._consumed = 0
+        self.number = 0
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def feed(self, kind: int, data: bytes) -> None:
+        stream: Stream = "stdout" if kind == wire.OUT else "stderr"
+        self._capture.feed(stream, data)
+        self._consumed += len(data)
+        if not self._capture.full(self._give_credit) and self._consumed >= _CREDIT:
+            self._give_credit()
+
+    def _give_credit(self) -> None:
+        consumed, self._consumed = self._consumed, 0
+        self._helper.give_credit(self.number, consumed)
+
+    def detach(self) -> None:
+        """Wait for no slow reader any more."""
+        self._capture.detach()
+
+    def answer(self, kind: int, payload: bytes) -> None:
+        if self.ended.done():
+            return
+        if kind == wire.EXIT:
+            code, seconds, size = payload.split()
+            self._capture.usage = float(seconds), int(size)
+            self.ended.set_result(int(code))
+            return
+        what, *rest = (text.decode("utf-8", "surrogateescape") for text in payload.split(b"\0"))
+        if what == "toobig":
+            self._capture.feed("stderr", b"/bin/sh: Argument list too long\n")
+            self.ended.set_result(126)
+        elif what == "cwd":
+            error = FileOperationFailed.of(2, "cwd", self._folder, "no such folder, or not accessible")
+            self.ended.set_exception(error)
+        elif what == "escape":
+            text = f"cwd {self._folder!r} leaves its root through a symlink, to {rest[0]!r}"
+            self.ended.set_exception(PathEscapeError(text))
+        else:
+            self.ended.set_exception(FileOperationFailed.of(int(rest[0]), "start of", self._command[:80]))
+
+    def lost(self, error: Exception) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+
+@dataclass
+class Answer:
+    """What a file operation returned: its result, and the content it sent."""
+
+    result: bytes
+    content: bytes
+
+
+class _Transfer:
+    """A file operation."""
+
+    def __init__(self, helper: Helper, operation: str, path: str) -> None:
+        self._helper = helper
+        self._operation, self._path = operation, path
+        self._pieces: list[bytes] = []
+        self._consumed = 0
+        self._credit = wire.WINDOW
+        self._more = asyncio.Event()
+        self.number = 0
+        self.ended: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+    async def send(self, content: bytes) -> None:
+        """Send *content* as the helper takes it, and its end; return at once when the operation has failed."""
+        view = memoryview(content)
+        while view and not self.ended.done():
+            if self._credit <= 0:
+                self._more.clear()
+                await self._more.wait()
+                continue
+            piece = bytes(view[: min(wire.CHUNK, self._credit)])
+            self._helper.send_input(self.number, piece)
+            self._credit -= len(piece)
+            view = view[len(piece) :]
+        if not self.ended.done():
+            self._helper.send_input(self.number, b"")
+
+    def feed(self, kind: int, data: bytes) -> None:  # noqa: ARG002
+        self._pieces.append(data)
+        self._consumed += len(data)
+        if self._consumed >= _CREDIT:
+            self._helper.give_credit(self.number, self._consumed)
+            self._consumed = 0
+
+    def answer(self, kind: int, payload: bytes) -> None:
+        if kind == wire.CREDIT:
+            self._credit += wire.COUNT.unpack(payload)[0]
+        elif not self.ended.done():
+            if kind == wire.DONE:
+                self.ended.set_result(Answer(payload, b"".join(self._pieces)))
+            else:
+                self.ended.set_exception(self._error(payload))
+        self._more.set()
+
+    def _error(self, payload: bytes) -> PoolError:
+        what, *rest = (text.decode("utf-8", "surrogateescape") for text in payload.split(b"\0"))
+        if what == "outside":
+            return PathEscapeError(f"path {self._path!r} leaves the root through a symlink, to {rest[0]!r}")
+        if what == "os":
+            return FileOperationFailed.of(int(rest[0]), self._operation, self._path)
+        return FileOperationFailed.of(5, self._operation, self._path, ": ".join([what, *rest]))
+
+    def lost(self, error: Exception) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error)
+        self._more.set()
+
+
+class _Ping:
+    def __init__(self) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def feed(self, kind: int, data: bytes) -> None:
+        """A ping has no output."""
+
+    def answer(self, kind: int, payload: bytes) -> None:  # noqa: ARG002
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def lost(self, error: Exception) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error)

@@ -1,0 +1,128 @@
+"""When a connection gets its helper: on first use, once; again when it was killed; not on a host without python3."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from time import monotonic
+
+import asyncssh
+
+from pool.backends.channels import Channels
+from pool.backends.helper import Helper, NoHelper
+from pool.backends.helper_files import HelperFiles
+from pool.errors import BackendUnavailable, PoolError
+
+logger = logging.getLogger(__name__)
+
+EXEC_MODES = ("auto", "helper", "channel")
+
+_REMEMBERED = 600.0
+"""Seconds until a host without a helper is asked again."""
+
+Where = tuple[str, int, str | None]
+"""Host, port and user."""
+
+_without: dict[Where, tuple[str, float]] = {}  # why a host has none, and until when that is believed
+
+
+class Launcher:
+    """Starts the helper of one connection. *mode*: of `EXEC_MODES`. *lost* as for `Helper`."""
+
+    def __init__(
+        self,
+        connection: asyncssh.SSHClientConnection,
+        channels: Channels,
+        where: Where,
+        mode: str,
+        lost: Callable[[Exception | None], PoolError],
+    ) -> None:
+        self._connection, self._channels, self._where, self._mode, self._lost = connection, channels, where, mode, lost
+        self._helper: Helper | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._left: list[bytes] = []  # processes of a helper that was killed
+        self._closed = False
+
+    @property
+    def describe(self) -> str:
+        """How commands travel, in a few words."""
+        if self._helper is not None:
+            return "helper"
+        why = self._why_not()
+        return f"channel: {why}" if why else "channel" if self._mode == "channel" else ""
+
+    def _why_not(self) -> str:
+        """Why this host is believed to have none; "" when it is not."""
+        why, until = _without.get(self._where, ("", 0.0))
+        return why if monotonic() < until else ""
+
+    @property
+    def running(self) -> Helper | None:
+        """The helper, if it runs."""
+        return None if self._helper is None or self._helper.closed else self._helper
+
+    async def helper(self) -> Helper | None:
+        """Return the helper, started if it does not run; None: commands go over channels.
+
+        Raises `BackendUnavailable` when there must be one and is none, or the connection is lost.
+        """
+        if self.running is not None:
+            return self.running
+        if self._mode == "channel" or (self._mode == "auto" and self._why_not()):
+            return None
+        try:
+            await asyncio.shield(self._begin())
+        except NoHelper as error:
+            if self._mode == "auto":
+                return None
+            raise BackendUnavailable(f"{self._where[0]}: exec_mode='helper': {error}", "setup", None) from error
+        except asyncssh.Error as error:
+            raise self._lost(error) from error
+        return self._helper
+
+    async def files(self) -> HelperFiles | None:
+        """Return the file operations of the helper; None: files go by SFTP. Raises as `helper`."""
+        helper = await self.helper()
+        return None if helper is None else HelperFiles(helper)
+
+    def _begin(self) -> "asyncio.Task[None]":
+        """Start one, unless that is under way."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+            self._starting.add_done_callback(self._started)
+        return self._starting
+
+    async def _start(self) -> None:
+        helper = Helper(self._lost, self._ended)
+        try:
+            await helper.start(self._connection, self._channels, self._left)
+        except (NoHelper, BackendUnavailable) as error:
+            if self._closed or self._connection.is_closed():  # what looks like a refusal is the end of the connection
+                raise self._lost(None) from error
+            if isinstance(error, BackendUnavailable):
+                raise
+            _without[self._where] = str(error), monotonic() + _REMEMBERED
+            logger.info("%s runs no helper, each command has a channel of its own: %s", self._where[0], error)
+            raise
+        self._left = []
+        self._helper = helper
+        if self._closed:
+            helper.close()
+
+    def _started(self, starting: "asyncio.Task[None]") -> None:
+        self._starting = None
+        if not starting.cancelled():
+            starting.exception()  # told to whoever waits; it may be nobody
+
+    def _ended(self, helper: Helper) -> None:
+        """The helper has ended by itself: what it ran goes on, until the next one, started now, ends it."""
+        self._left = list(helper.told.values())
+        if self._connection.is_closed() or self._closed:
+            return
+        logger.warning("%s: the helper was killed; starting another", self._where[0])
+        self._begin()
+
+    def close(self) -> None:
+        """End the helper, and what it runs."""
+        self._closed = True
+        if self._helper is not None:
+            self._helper.close()

@@ -1,0 +1,203 @@
+"""One command on the host: started in a session of its own, its output read against credit, ended with its family."""
+
+import errno
+import os
+import signal
+
+from pool.helper import family, wire
+
+_ARGUMENT_LIMIT = 100000
+"""Bytes of a command; a longer one is read from a file. Linux takes at most 128 KiB in one argument, ..."""
+_SHELL_LIMIT = 120000
+"""... and a shell as its only one."""
+
+_RESTORED = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
+"""Signals that Python, or the helper, ignores, and a command must not."""
+
+KILL_TICK, KILL_TICKS = 0.005, 0.04
+"""Seconds between two looks at a family that is being ended: at first, and at most; they double."""
+KILL_PATIENCE = 5.0
+"""Seconds to go on with it."""
+
+
+class Refused(Exception):
+    """The command was not started; the arguments are those of a FAILED."""
+
+
+class Command:
+    """A command that runs.
+
+    *spared*: the orphans that were there before it, see `family.Orphans`.
+    """
+
+    __slots__ = (
+        "code",
+        "credit",
+        "due",
+        "number",
+        "outputs",
+        "over",
+        "paused",
+        "pid",
+        "spared",
+        "tick",
+        "told",
+        "usage",
+    )
+
+    def __init__(self, number: int, pid: int, outputs: "dict[int, int]", spared: bytes) -> None:
+        self.number, self.pid, self.outputs, self.spared = number, pid, outputs, spared
+        self.credit = wire.WINDOW
+        self.paused = False
+        self.code = None  # type: int | None
+        self.usage = (0.0, 0)
+        self.over = None  # type: float | None
+        self.due = 0.0
+        self.tick = KILL_TICK
+        self.told = False
+
+    def reaped(self, status: int, seconds: float, size: int) -> None:
+        """Note how its first process ended."""
+        self.code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+        self.usage = (seconds, size)
+
+    def kill(self, now: float, alive: "list[family.Process]") -> bool:
+        """Go on with ending its family, of which *alive* is left: TERM, then KILL. Returns whether that is over."""
+        leads = self.code is None
+        if self.over is None:
+            self.over = now + wire.KILL_GRACE
+            family.send(signal.SIGTERM, self.pid, alive, leads=leads)
+        elif not alive and not leads:
+            return True
+        elif now >= self.over:
+            family.send(signal.SIGKILL, self.pid, alive, leads=leads)
+            if now >= self.over + KILL_PATIENCE:
+                return True
+        self.due = now + self.tick
+        if now < self.over:
+            self.due = min(self.due, self.over)
+        self.tick = min(KILL_TICKS, 2 * self.tick)
+        return False
+
+
+def start(request: bytes, base: "dict[bytes, bytes]") -> "tuple[int, int, int]":
+    """Start the command of an EXEC; return its process and the ends of its stdout and stderr to read from.
+
+    Raises `Refused`, and `OSError` when there is no room for it now (descriptors, processes, memory).
+    """
+    command, count, rest = request.split(b"\0", 2)
+    texts = rest.split(b"\0")
+    folders, variables = texts[: int(count)], texts[int(count) :]
+    env = base
+    if variables:
+        env = dict(base)
+        for variable in variables:
+            name, _, value = variable.partition(b"=")
+            env[name] = value
+    _enter(folders)
+    script = -1
+    ends = []  # type: list[int]
+    try:
+        argv = [b"/bin/sh", b"-c", command]
+        if len(command) > _ARGUMENT_LIMIT:
+            script = _file_of(command)
+            argv = [b"/bin/sh", b"-c", b". /dev/fd/9", b"/bin/sh"]
+        ends += os.pipe()
+        ends += os.pipe()
+        try:
+            pid = _spawn(argv, env, ends[1], ends[3], script)
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            raise Refused(b"toobig") from None
+        os.set_blocking(ends[0], False)
+        os.set_blocking(ends[2], False)
+        out, err = ends[0], ends[2]
+        ends = [ends[1], ends[3]]
+        return pid, out, err
+    finally:
+        os.chdir("/")  # hold no folder that somebody wants to remove
+        for end in ends:
+            os.close(end)
+        if script >= 0:
+            os.close(script)
+
+
+def _enter(folders: "list[bytes]") -> None:
+    """Go to the last of *folders*, each of which must be inside the one before, symlinks resolved."""
+    outer = last = None
+    for folder in folders:
+        if folder == last:
+            continue
+        last = folder
+        try:
+            os.chdir(folder)
+            here = os.getcwdb()
+        except OSError:
+            raise Refused(b"cwd", folder) from None
+        if outer is not None and here != outer and not here.startswith(outer.rstrip(b"/") + b"/"):
+            raise Refused(b"escape", here)
+        outer = here
+
+
+def _file_of(text: bytes) -> int:
+    """Return a descriptor to read *text* from, of a file without a name."""
+    name = b"/tmp/.pool-%s" % os.urandom(12).hex().encode()
+    writing = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        reading = os.open(name, os.O_RDONLY)
+        try:
+            view = memoryview(text)
+            while view:
+                view = view[os.write(writing, view) :]
+        except BaseException:
+            os.close(reading)
+            raise
+        return reading
+    finally:
+        os.unlink(name)
+        os.close(writing)
+
+
+def _spawn(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, script: int) -> int:
+    """Start it in a session of its own, with an empty stdin."""
+    try:
+        moves = [(os.POSIX_SPAWN_DUP2, _NULL, 0), (os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, err, 2)]
+        if script >= 0:
+            moves.append((os.POSIX_SPAWN_DUP2, script, 9))
+        return os.posix_spawn(argv[0], argv, env, file_actions=moves, setsid=True, setsigmask=(), setsigdef=_RESTORED)
+    except (AttributeError, NotImplementedError):
+        return _fork(argv, env, out, err, script)
+
+
+def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, script: int) -> int:
+    """`_spawn` for Python before 3.8, and C libraries that cannot begin a session."""
+    told, telling = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(telling)
+        failed = os.read(told, 16)
+        os.close(told)
+        if failed:
+            os.waitpid(pid, 0)
+            raise OSError(int(failed), os.strerror(int(failed)))
+        return pid
+    try:
+        os.setsid()
+        os.dup2(_NULL, 0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        if script >= 0 and script != 9:
+            os.dup2(script, 9)
+        elif script >= 0:
+            os.set_inheritable(script, True)
+        for number in _RESTORED:
+            signal.signal(number, signal.SIG_DFL)
+        os.execve(argv[0], argv, env)  # noqa: S606
+    except OSError as error:
+        os.write(telling, b"%d" % (error.errno or 0))
+    finally:
+        os._exit(127)
+
+
+_NULL = os.open(os.devnull, os.O_RDWR)
