@@ -94,6 +94,11 @@ class Backend(ABC):
         """Say that it works although nobody holds it; then no sweep evicts it. Must not block."""
         return False
 
+    @property
+    def mode(self) -> str:
+        """How it works, for a kind that has more than one way: a word to count by, and after ``": "`` the reason."""
+        return ""
+
     # -- called by the pool and by users
 
     @property

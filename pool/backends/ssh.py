@@ -237,6 +237,11 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._lost_why = str(error or "the host closed the connection")
         self.mark_lost()
 
+    @property
+    def mode(self) -> str:
+        """``helper``, or ``channel`` and why; "" until the first use of a connection."""
+        return "" if self._launcher is None else self._launcher.describe
+
     async def check(self) -> None:
         """Have the host answer: its helper, or an empty command."""
         try:
