@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,13 +73,24 @@ class Helper(asyncssh.SSHClientSession[bytes]):
 
     # -- life
 
-    async def start(self, connection: asyncssh.SSHClientConnection, channels: Channels, sweep: list[bytes]) -> None:
+    async def start(
+        self,
+        connection: asyncssh.SSHClientConnection,
+        channels: Channels,
+        sweep: Sequence[bytes] = (),
+        *,
+        startup_files: bool = True,
+    ) -> None:
         """Start it on the host, on a lasting channel, and have it end first what an earlier one left (*sweep*).
+
+        *startup_files*: commands get the environment that the login shell's start-up files have made; else the one
+        from before them. The server has the login shell run them in any case.
 
         Raises `NoHelper`, and what `Channels.granted` raises.
         """
         program = bundle()
-        line = "exec " + shlex.join(["python3", "-I", "-S", "-c", BOOT, str(len(program)), self._token])
+        line = shlex.join(["python3", "-I", "-S", "-c", BOOT, str(len(program)), self._token])
+        line = f"exec {line}" if startup_files else f"{line} bare; exit"  # waited for by the login shell, its parent
         await channels.granted(
             connection, lambda: connection.create_session(lambda: self, line, encoding=None), lasting=True
         )

@@ -26,7 +26,7 @@ _without: dict[Where, tuple[str, float]] = {}  # why a host has none, and until 
 
 
 class Launcher:
-    """Starts the helper of one connection. *mode*: of `EXEC_MODES`. *lost* as for `Helper`."""
+    """Starts the helper of one connection. *mode*: of `EXEC_MODES`. *lost*, *startup_files*: as for `Helper`."""
 
     def __init__(
         self,
@@ -35,7 +35,10 @@ class Launcher:
         where: Where,
         mode: str,
         lost: Callable[[Exception | None], PoolError],
+        *,
+        startup_files: bool,
     ) -> None:
+        self._startup_files = startup_files
         self._connection, self._channels, self._where, self._mode, self._lost = connection, channels, where, mode, lost
         self._helper: Helper | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -94,7 +97,7 @@ class Launcher:
     async def _start(self) -> None:
         helper = Helper(self._lost, self._ended)
         try:
-            await helper.start(self._connection, self._channels, self._left)
+            await helper.start(self._connection, self._channels, self._left, startup_files=self._startup_files)
         except (NoHelper, BackendUnavailable) as error:
             if self._closed or self._connection.is_closed():  # what looks like a refusal is the end of the connection
                 raise self._lost(None) from error

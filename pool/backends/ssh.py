@@ -57,7 +57,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     waits. A helper takes one of them for itself, for any number of commands.
     *exec_mode*: how commands and files travel. ``"helper"``: through a small program that the host's python3 runs, one
     round trip for each (`pool.backends.helper`). ``"channel"``: each command on a channel of its own, files by SFTP.
-    ``"auto"``: by the helper, unless the host cannot run it.
+    ``"auto"``: by the helper, unless the host cannot run it. *startup_files*: whether what the start-up files of the
+    user's login shell make of the environment is what a helper's commands get; else what the server gave that shell.
     *max_output*: bytes of each output stream that are kept. *env*: added to the environment of every command.
     """
 
@@ -81,6 +82,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         keepalive_count: int = 3,
         max_channels: int = 8,
         exec_mode: str = "auto",
+        startup_files: bool = True,
         max_output: int = MAX_OUTPUT,
         env: Mapping[str, str] | None = None,
     ) -> None:
@@ -107,6 +109,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         if exec_mode not in EXEC_MODES:
             raise ConfigError(f"exec_mode={exec_mode!r}: must be one of {', '.join(EXEC_MODES)}")
         self.exec_mode = exec_mode
+        self._startup_files = startup_files
         self._launcher: Launcher | None = None
         self._connection: asyncssh.SSHClientConnection | None = None
         self._channels = Channels(max_channels)
@@ -135,7 +138,9 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._channels = Channels(self._max_channels)
         self._files = RemoteFiles(self)
         where = (self.host, self.port, self.username)
-        self._launcher = Launcher(connection, self._channels, where, self.exec_mode, self.lost_error)
+        self._launcher = Launcher(
+            connection, self._channels, where, self.exec_mode, self.lost_error, startup_files=self._startup_files
+        )
         try:
             root, _ = await asyncio.gather(self._make_root(connection), self._start_pulse(connection))
             self._login_shell, self.root = root

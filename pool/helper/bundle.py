@@ -7,7 +7,7 @@ from pathlib import Path
 _MODULES = ("wire", "family", "commands", "files", "transfers", "program")
 """In the order in which they import one another."""
 
-# Reads the bundle, whose length is the first argument, and runs it; it sees the second as `TOKEN`.
+# Reads the bundle, whose length is the first argument, and runs it; the other arguments are those of `program.main`.
 BOOT = """\
 import sys
 if sys.version_info < (3, 6): sys.exit("its python3 is %d.%d, 3.6 is needed" % sys.version_info[:2])
@@ -17,7 +17,7 @@ while len(b) < n:
     d = os.read(0, n - len(b))
     if not d: sys.exit("cut off")
     b += d
-exec(compile(b, "pool-helper", "exec"), {"TOKEN": sys.argv[2]})
+exec(compile(b, "pool-helper", "exec"), {"TOKEN": sys.argv[2], "OF_PARENT": "bare" in sys.argv})
 """
 
 _LOADER = """\
@@ -27,7 +27,7 @@ for _name, _source in {sources!r}:
     _module = sys.modules["pool.helper." + _name] = type(sys)("pool.helper." + _name)
     setattr(sys.modules["pool.helper"], _name, _module)
     exec(compile(_source, _name, "exec"), _module.__dict__)
-sys.modules["pool.helper.program"].main(TOKEN)
+sys.modules["pool.helper.program"].main(TOKEN, OF_PARENT)
 """
 
 

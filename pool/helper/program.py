@@ -341,10 +341,13 @@ class Helper:
         family.sweep(payload.split(b"\0"))
 
 
-def _environment() -> "dict[bytes, bytes]":
-    """Return the environment this program was started with; Python itself may have set LC_CTYPE since."""
+def _environment(of_parent: bool) -> "dict[bytes, bytes]":
+    """Return the environment this program was started with; Python itself may have set LC_CTYPE since.
+
+    *of_parent*: the one that the login shell was started with, before it read its start-up files.
+    """
     try:
-        with open("/proc/self/environ", "rb") as file:
+        with open("/proc/%s/environ" % (os.getppid() if of_parent else "self"), "rb") as file:
             variables = dict(line.split(b"=", 1) for line in file.read().split(b"\0") if b"=" in line)
     except OSError:
         variables = dict(os.environb)
@@ -352,10 +355,10 @@ def _environment() -> "dict[bytes, bytes]":
     return variables
 
 
-def main(token: str) -> None:
+def main(token: str, of_parent: bool) -> None:
     """Say who we are, and serve."""
     os.chdir("/")
     os.write(1, wire.mark(token))
-    helper = Helper(_environment())
+    helper = Helper(_environment(of_parent))
     helper.run()
     os._exit(0)  # not waiting for a file operation that hangs
