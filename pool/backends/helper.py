@@ -66,7 +66,8 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         self._stderr = HeadTail(4096)
         self._calls: dict[int, _Call] = {}
         self._number = 0
-        self._how = ""
+        self.how = ""
+        """How the program ended, as the server tells; "" while it runs, and when the connection was lost."""
         self._closing = False
         self.told: dict[int, bytes] = {}
         """Processes of the commands that run, as the helper told of them."""
@@ -133,7 +134,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
 
     def _reason(self) -> str:
         said = self._stderr.tail_text(400).strip().rpartition("\n")[2]
-        return ": ".join(filter(None, ["its python3 did not begin", self._how, said]))
+        return ": ".join(filter(None, ["its python3 did not begin", self.how, said]))
 
     # -- calls
 
@@ -267,10 +268,10 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             call.answer(kind, payload)
 
     def exit_status_received(self, status: int) -> None:
-        self._how = f"exit code {status}"
+        self.how = f"exit code {status}"
 
     def exit_signal_received(self, signal_name: str, core_dumped: bool, msg: str, lang: str) -> None:  # noqa: ARG002
-        self._how = f"killed by SIG{signal_name}"
+        self.how = f"killed by SIG{signal_name}"
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._channel = None
@@ -281,7 +282,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             self._greeted.exception()
             return
         calls, self._calls = self._calls, {}
-        error = self._lost(exc or (None if self._closing else EOFError(f"its helper ended: {self._how or 'cut off'}")))
+        error = self._lost(exc or (None if self._closing else EOFError(f"its helper ended: {self.how or 'cut off'}")))
         for call in calls.values():
             call.lost(error)
         if not self._closing:

@@ -19,6 +19,8 @@ EXEC_MODES = ("auto", "helper", "channel")
 _REMEMBERED = 600.0
 """Seconds until a host without a helper is asked again."""
 
+_IN_ORDER = "exit code 0"
+
 Where = tuple[str, int, str | None]
 """Host, port and user."""
 
@@ -117,11 +119,11 @@ class Launcher:
             starting.exception()  # told to whoever waits; it may be nobody
 
     def _ended(self, helper: Helper) -> None:
-        """The helper has ended by itself: what it ran goes on, until the next one, started now, ends it."""
+        """The helper ended by itself. If it was killed, what it ran goes on, until the next one, begun now, ends it."""
         self._left = list(helper.told.values())
-        if self._connection.is_closed() or self._closed:
+        if not helper.how or helper.how == _IN_ORDER or self._connection.is_closed() or self._closed:
             return
-        logger.warning("%s: the helper was killed; starting another", self._where[0])
+        logger.warning("%s: the helper ended (%s); starting another", self._where[0], helper.how)
         self._begin()
 
     def close(self) -> None:
