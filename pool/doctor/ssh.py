@@ -227,7 +227,7 @@ def _no_helper(target: Target, backend: RemoteFilesystemBackend, why: str) -> Fi
     if backend.exec_mode == "helper":
         return error("host-helper", what, "Nothing runs there.", fix)
     return info(
-        "host-helper", what, "Each command takes a channel of its own: slower; MaxSessions is their limit.", fix
+        "host-helper", what, "Each command takes a channel of its own: slower; MaxSessions limits them.", fix
     )
 
 
