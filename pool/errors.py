@@ -9,6 +9,7 @@
     |-- BackendClosed            the backend or its pool was closed
     |-- CommandFailed            the command exited with a non-zero code
     |-- CommandTimeout           the command ran into its timeout and was killed
+    |-- CommandLost              nobody can tell how a durable command ended
     |-- TurnFailed               the agent refused the prompt, died or talked nonsense
     |   `-- TurnTimeout          the turn ran into its timeout and was cancelled
     |-- TaskCancelled            somebody had the task ended
@@ -32,6 +33,7 @@ __all__ = [
     "BackendClosed",
     "BackendUnavailable",
     "CommandFailed",
+    "CommandLost",
     "CommandTimeout",
     "ConfigError",
     "FileMissing",
@@ -115,6 +117,10 @@ class CommandTimeout(PoolError):
         super().__init__(message, timeout, tail)
         self.timeout = timeout
         self.tail = tail
+
+
+class CommandLost(PoolError):
+    """A durable command's host was restarted, or its keeper killed: how it ended is unknown. It is not run again."""
 
 
 class TurnFailed(PoolError):

@@ -11,14 +11,15 @@ import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Protocol
 
 import asyncssh
 
 from pool.backends.channels import Channels
 from pool.backends.output import Capture, HeadTail, Stream
-from pool.backends.workspace import Place
-from pool.errors import FileOperationFailed, PathEscapeError, PoolError
+from pool.backends.workspace import Durable, DurableTimeout, Place
+from pool.errors import CommandLost, ConfigError, FileOperationFailed, PathEscapeError, PoolError
 from pool.helper import wire
 from pool.helper.bundle import BOOT, bundle
 
@@ -138,12 +139,21 @@ class Helper(asyncssh.SSHClientSession[bytes]):
 
     # -- calls
 
-    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
-        """Run a command to its end; as `Driver.run`. Raises what stands in the way of its start."""
+    async def run(
+        self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture, durable: Durable | None = None
+    ) -> int:
+        """Run a command to its end; as `Driver.run` and `Driver.run_durable`.
+
+        Raises what stands in the way of its start.
+        """
         chain = cwd.chain
         texts = [command, str(len(chain)), *chain, *[f"{name}={value}" for name, value in env.items()]]
+        kind = wire.EXEC
+        if durable is not None:
+            kind, digest = wire.DURABLE, sha256(repr((command, chain)).encode("utf-8", "surrogateescape")).hexdigest()
+            texts = [durable.name, digest, str(durable.keep), str(durable.timeout or 0.0), *texts]
         running = _Running(self, command, chain[-1], capture)
-        running.number = self._open(running, wire.EXEC, "\0".join(texts).encode("utf-8", "surrogateescape"))
+        running.number = self._open(running, kind, "\0".join(texts).encode("utf-8", "surrogateescape"))
         try:
             return await asyncio.shield(running.ended)
         except asyncio.CancelledError:
@@ -320,15 +330,27 @@ class _Running:
     def answer(self, kind: int, payload: bytes) -> None:
         if self.ended.done():
             return
+        if kind == wire.GAP:
+            self._capture.skip(int(payload))
+            return
         if kind == wire.EXIT:
-            code, seconds, size = payload.split()
+            code, seconds, size, *timeout = payload.split()
             self._capture.usage = float(seconds), int(size)
-            self.ended.set_result(int(code))
+            if timeout:
+                self.ended.set_exception(DurableTimeout())
+            else:
+                self.ended.set_result(int(code))
             return
         what, *rest = (text.decode("utf-8", "surrogateescape") for text in payload.split(b"\0"))
         if what == "toobig":
             self._capture.feed("stderr", b"/bin/sh: Argument list too long\n")
             self.ended.set_result(126)
+        elif what == "gone":
+            text = "the host was restarted, or what kept the command was killed; how it ended is not known"
+            self.ended.set_exception(CommandLost(f"{text}: {self._command[:80]}"))
+        elif what == "another":
+            text = f"durable: the name belongs to another command on this host, not to {self._command[:80]!r}"
+            self.ended.set_exception(ConfigError(text))
         elif what == "cwd":
             error = FileOperationFailed.of(2, "cwd", self._folder, "no such folder, or not accessible")
             self.ended.set_exception(error)

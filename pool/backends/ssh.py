@@ -21,7 +21,7 @@ from pool.backends.process import PipedProcess
 from pool.backends.pulse import Pulse
 from pool.backends.sftp import RemoteFiles
 from pool.backends.shell import PipedCommand, ShellCommand, check_env
-from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
+from pool.backends.workspace import MAX_OUTPUT, Durable, FileStat, Place, WorkspaceBackend
 from pool.config import check_number
 from pool.errors import BackendClosed, BackendUnavailable, ConfigError, PoolError
 
@@ -40,6 +40,8 @@ LOOPBACK = "pool-loopback"
 
 _CLOSE_PATIENCE = 2.0
 """Seconds for a connection to close politely."""
+_CLEAN_INTERVAL = 3600.0
+"""Seconds between two looks for what durable commands left."""
 _CHECK_TIMEOUT = 5.0
 """Seconds for a host to answer `RemoteFilesystemBackend.check`."""
 
@@ -110,6 +112,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
             raise ConfigError(f"exec_mode={exec_mode!r}: must be one of {', '.join(EXEC_MODES)}")
         self.exec_mode = exec_mode
         self._startup_files = startup_files
+        self._clean_at = 0.0
         self._launcher: Launcher | None = None
         self._connection: asyncssh.SSHClientConnection | None = None
         self._channels = Channels(max_channels)
@@ -247,6 +250,13 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         """``helper``, or ``channel`` and why; "" until the first use of a connection."""
         return "" if self._launcher is None else self._launcher.describe
 
+    async def tick_health(self, now: float) -> None:
+        """Now and then, have the helper remove what durable commands left long ago."""
+        helper = None if self._launcher is None else self._launcher.running
+        if helper is not None and now >= self._clean_at:
+            self._clean_at = now + _CLEAN_INTERVAL
+            await helper.operate("clean", ".", self.root.encode("utf-8", "surrogateescape"))
+
     async def check(self) -> None:
         """Have the host answer: its helper, or an empty command."""
         try:
@@ -284,6 +294,14 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         code = await session.ended()
         shell.raise_notice(code, capture.tail())
         return code
+
+    async def run_durable(
+        self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture, durable: Durable
+    ) -> int:
+        launcher = (await self._live())[1]
+        if helper := await launcher.helper():
+            return await helper.run(command, cwd, env, capture, durable)
+        raise ConfigError(f"durable={durable.name!r}: {self.host} runs no helper ({launcher.describe})")
 
     async def _start_anew(self, shell: ShellCommand, capture: Capture) -> CommandSession:
         """Start it, once more on a new connection if the present one was dead before it got the command."""

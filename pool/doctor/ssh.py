@@ -226,9 +226,7 @@ def _no_helper(target: Target, backend: RemoteFilesystemBackend, why: str) -> Fi
     fix = "Install python3, 3.6 or newer, on the host; or exec_mode = 'channel', to leave it at that."
     if backend.exec_mode == "helper":
         return error("host-helper", what, "Nothing runs there.", fix)
-    return info(
-        "host-helper", what, "Each command takes a channel of its own: slower; MaxSessions limits them.", fix
-    )
+    return info("host-helper", what, "Each command takes a channel of its own: slower; MaxSessions limits them.", fix)
 
 
 async def _helper(backend: RemoteFilesystemBackend, connection: asyncssh.SSHClientConnection) -> str:

@@ -4,7 +4,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-_MODULES = ("wire", "family", "commands", "files", "transfers", "program")
+_MODULES = ("wire", "family", "commands", "durable", "keeper", "follower", "files", "transfers", "program")
 """In the order in which they import one another."""
 
 # Reads the bundle, whose length is the first argument, and runs it; the other arguments are those of `program.main`.

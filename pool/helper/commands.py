@@ -3,8 +3,13 @@
 import errno
 import os
 import signal
+import sys
 
 from pool.helper import family, wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import resource
 
 _ARGUMENT_LIMIT = 100000
 """Bytes of a command; a longer one is read from a file. Linux takes at most 128 KiB in one argument, ..."""
@@ -56,10 +61,11 @@ class Command:
         self.tick = KILL_TICK
         self.told = False
 
-    def reaped(self, status: int, seconds: float, size: int) -> None:
+    def reaped(self, status: int, usage: "resource.struct_rusage") -> None:
         """Note how its first process ended."""
         self.code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
-        self.usage = (seconds, size)
+        size = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss << 10
+        self.usage = (usage.ru_utime + usage.ru_stime, size)
 
     def kill(self, now: float, alive: "list[family.Process]") -> bool:
         """Go on with ending its family, of which *alive* is left: TERM, then KILL. Returns whether that is over."""
@@ -162,7 +168,7 @@ def _file_of(text: bytes) -> int:
 def _spawn(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, script: int) -> int:
     """Start it in a session of its own, with an empty stdin."""
     try:
-        moves = [(os.POSIX_SPAWN_DUP2, _NULL, 0), (os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, err, 2)]
+        moves = [(os.POSIX_SPAWN_DUP2, NULL, 0), (os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, err, 2)]
         if script >= 0:
             moves.append((os.POSIX_SPAWN_DUP2, script, 9))
         return os.posix_spawn(argv[0], argv, env, file_actions=moves, setsid=True, setsigmask=(), setsigdef=_RESTORED)
@@ -184,7 +190,7 @@ def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, sc
         return pid
     try:
         os.setsid()
-        os.dup2(_NULL, 0)
+        os.dup2(NULL, 0)
         os.dup2(out, 1)
         os.dup2(err, 2)
         if script >= 0 and script != 9:
@@ -193,6 +199,7 @@ def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, sc
             os.set_inheritable(script, True)
         for number in _RESTORED:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.execve(argv[0], argv, env)  # noqa: S606
     except OSError as error:
         os.write(telling, b"%d" % (error.errno or 0))
@@ -200,4 +207,5 @@ def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, sc
         os._exit(127)
 
 
-_NULL = os.open(os.devnull, os.O_RDWR)
+NULL = os.open(os.devnull, os.O_RDWR)
+"""What reads as empty, and takes everything."""

@@ -9,11 +9,10 @@ import errno
 import os
 import select
 import signal
-import sys
 import time
 from collections import deque
 
-from pool.helper import commands, family, transfers, wire
+from pool.helper import commands, durable, family, follower, keeper, transfers, wire
 
 _ROOM = 1 << 18
 """Bytes that may wait for the channel; while there are more, no output is read."""
@@ -35,6 +34,7 @@ class Helper:
         self._waiting = deque()  # type: deque[tuple[int, bytes]]
         self._ending = []  # type: list[commands.Command]
         self._untold = deque()  # type: deque[tuple[float, commands.Command]]
+        self._followers = {}  # type: dict[int, follower.Follower]
         self._transfers = transfers.Transfers(self._wake)
         self._unread = bytearray()
         self._unsent = bytearray()
@@ -61,6 +61,7 @@ class Helper:
             wire.CREDIT: self._credit,
             wire.KILL: self._kill,
             wire.PING: self._ping,
+            wire.DURABLE: self._durable,
             wire.FILE: self._transfers.begin,
             wire.INPUT: self._transfers.feed,
             wire.SWEEP: self._sweep,
@@ -95,6 +96,7 @@ class Helper:
     def _timeout(self) -> "float | None":
         """Milliseconds until something is due."""
         moments = [command.due for command in self._ending]
+        moments += [one.due for one in self._followers.values() if one.credit > 0]
         if self._closing:
             moments.append(self._patience)
         if self._untold:
@@ -103,9 +105,11 @@ class Helper:
 
     def _due(self) -> None:
         """Do what is due by now."""
-        if not (self._ending or self._untold):
+        if not (self._ending or self._untold or self._followers):
             return
         now = time.monotonic()
+        for one in [each for each in self._followers.values() if each.due <= now and each.credit > 0]:
+            self._follow(one, now)
         while self._untold and self._untold[0][0] <= now:
             self._tell(self._untold.popleft()[1])
         due = [command for command in self._ending if command.due <= now]
@@ -257,7 +261,11 @@ class Helper:
         (count,) = wire.COUNT.unpack(payload)
         command = self._running.get(number)
         if command is None:
-            self._transfers.grant(number, count)
+            if number in self._followers:
+                self._followers[number].credit += count
+                self._followers[number].hurry()
+            else:
+                self._transfers.grant(number, count)
             return
         command.credit += count
         if command.paused:
@@ -286,9 +294,10 @@ class Helper:
             if pid == 0:
                 return
             command = self._by_pid.pop(pid, None)
-            if command is not None:
-                size = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss << 10
-                command.reaped(status, usage.ru_utime + usage.ru_stime, size)
+            if command is None:
+                self._reaped_keeper(pid)
+            else:
+                command.reaped(status, usage)
                 for descriptor in list(command.outputs):  # its last words are there, or will be told by poll
                     if not command.paused:
                         self._forward(command, descriptor)
@@ -321,6 +330,8 @@ class Helper:
         elif any(waiting == number for waiting, _ in self._waiting):
             self._waiting = deque(entry for entry in self._waiting if entry[0] != number)
             self._send(wire.EXIT, number, b"%d 0 0" % (128 + signal.SIGTERM))
+        elif number in self._followers:
+            self._followers[number].kill()
         else:
             self._transfers.give_up(number)
 
@@ -333,6 +344,35 @@ class Helper:
         command.kill(time.monotonic(), alive)
         if command.paused:
             self._resume(command)  # what it still writes is dropped
+
+    # -- commands that outlive this program
+
+    def _durable(self, number: int, payload: bytes) -> None:
+        request = durable.Request(payload)
+        try:
+            kept_by = keeper.keep(request, self._env)
+        except OSError as error:
+            self._send(wire.FAILED, number, wire.join(b"os", b"%d" % (error.errno or 0), b"/bin/sh"))
+            return
+        self._orphans.spared.add(kept_by)
+        self._followers[number] = follower.Follower(number, request, kept_by)
+
+    def _follow(self, one: follower.Follower, now: float) -> None:
+        for kind, payload in one.step(now):
+            self._send(kind, one.number, payload)
+            if kind in (wire.EXIT, wire.FAILED):
+                del self._followers[one.number]
+                one.close()
+
+    def _reaped_keeper(self, pid: int) -> None:
+        """A keeper has ended, or it was none: another one keeps the command."""
+        self._orphans.spared.discard(pid)
+        for one in self._followers.values():
+            if one.child == pid:
+                one.child = 0
+                one.hurry()
+
+    # -- the rest
 
     def _ping(self, number: int, _: bytes) -> None:
         self._send(wire.PONG, number)

@@ -4,7 +4,7 @@ import os
 import threading
 from collections import deque
 
-from pool.helper import files, wire
+from pool.helper import durable, files, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -211,7 +211,12 @@ class Transfers:
         files.touch(path, roots)
         return b""
 
+    def clean(self, transfer: Transfer) -> bytes:
+        """Remove what durable commands left long ago."""
+        durable.clean(os.path.join(transfer.arguments[0], durable.FOLDER))
+        return b""
+
 
 _OPERATIONS = {"read": Transfers.read, "write": Transfers.write, "readdir": Transfers.names, "stat": Transfers.stat,
                "mkdir": Transfers.make_folder, "rm": Transfers.remove, "rename": Transfers.move,
-               "touch": Transfers.touch}  # fmt: skip
+               "touch": Transfers.touch, "clean": Transfers.clean}  # fmt: skip
