@@ -17,17 +17,16 @@ LOST = asyncssh.ConnectionLost("Connection lost")
 class Server:
     """Stands in for `asyncssh.connect`: fails with these errors, one by one, then lets in."""
 
-    def __init__(self, monkeypatch, *errors, greets=False):
-        self.errors, self.version = list(errors), "SSH-2.0-x" if greets else None
+    def __init__(self, monkeypatch, *errors, reached=True, greets=False):
+        self.errors, self.reached, self.version = list(errors), reached, "SSH-2.0-x" if greets else None
         self.options = []
         monkeypatch.setattr(module.asyncssh, "connect", self.connect)
         monkeypatch.setattr(module, "_FIRST_PAUSE", 0.0)
 
     async def connect(self, host, port, client_factory, **options):
         self.options.append(options)
-        if self.errors and isinstance(self.errors[0], ConnectionRefusedError):
-            raise self.errors.pop(0)
-        client_factory().connection_made(SimpleNamespace(get_extra_info={"server_version": self.version}.get))
+        if self.reached:
+            client_factory().connection_made(SimpleNamespace(get_extra_info={"server_version": self.version}.get))
         if self.errors:
             raise self.errors.pop(0)
         return "connection"
@@ -53,10 +52,13 @@ def test_a_connection_lost_after_the_greeting_is_told_at_once(monkeypatch):
     assert len(server.options) == 1
 
 
-def test_a_refused_connection_is_told_at_once(monkeypatch):
-    """Nobody listens: nobody is there to make room."""
-    server = Server(monkeypatch, ConnectionRefusedError(111, "refused"))
-    with pytest.raises(ConnectionRefusedError):
+@pytest.mark.parametrize(
+    "error", [ConnectionRefusedError(111, "refused"), ConnectionResetError(104, "reset")], ids=repr
+)
+def test_a_host_that_is_not_reached_is_told_at_once(monkeypatch, error):
+    """Nobody is there who could make room."""
+    server = Server(monkeypatch, error, reached=False)
+    with pytest.raises(type(error)):
         knock()
     assert len(server.options) == 1
 
