@@ -19,6 +19,9 @@ from pool.runtime import loop_thread
 DEFAULT = "10:30:100"
 """OpenSSH's own MaxStartups: from 10 logins under way on, some are turned away; from 100 on, all."""
 
+LIMIT = 8
+"""Our default ``max_connects``."""
+
 _runs = count()
 
 
@@ -50,23 +53,29 @@ def _login(info: Any, folder: Any) -> dict[str, Any]:
 
 
 def _crowds(report: Report, login: Mapping[str, Any], users: int, rounds: int, where: str) -> None:
-    """Ours, and asyncssh without any limit, by turns, on one server."""
-    crowds: dict[str, list[dict[str, Any]]] = {"ours": [], "asyncssh": []}
-    takers = {"ours": partial(_ours, login, users), "asyncssh": partial(_asyncssh, login, users)}
+    """Ours, and asyncssh, each with and without a limit, by turns, on one server."""
+    takers: dict[str, Callable[[], dict[str, Any]]] = {
+        "ours": partial(_ours, login, users),
+        "ours, max_connects 1000": partial(_ours, {**login, "max_connects": 1000}, users),
+        "asyncssh": partial(_asyncssh, login, users, users),
+        f"asyncssh, Semaphore({LIMIT})": partial(_asyncssh, login, users, LIMIT),
+    }
+    crowds: dict[str, list[dict[str, Any]]] = {name: [] for name in takers}
     contestants = {name: partial(_crowd, takers[name], crowds[name]) for name in takers}
     told = interleaved(contestants, rounds)
     report.raw[where] = crowds
     rates: dict[str, list[float]] = {}
     for name, seconds in told.items():
-        rates[name] = [len(c["got in, s"]) / max(taken, 1e-9) for c, taken in zip(crowds[name], seconds, strict=True)]
-        got_in = min(len(crowd["got in, s"]) for crowd in crowds[name])
-        goal = {"target": users, "least": True} if name == "ours" else {}
-        report.add(f"{where}: {name}: users that got in (worst round)", got_in, "users", **goal)
-        report.add(f"{where}: {name}: until the last of them", p50(seconds), "s", remark=spread(seconds))
-        middle = [p50(crowd["got in, s"]) for crowd in crowds[name] if crowd["got in, s"]]
-        if middle:
-            report.add(f"{where}: {name}: until half of them", p50(middle), "s")
-    report.add(f"{where}: ours / asyncssh, users a second that got in", ratio(rates["ours"], rates["asyncssh"]), "x")
+        got_in = [crowd["got in, s"] for crowd in crowds[name]]
+        rates[name] = [len(times) / max(taken, 1e-9) for times, taken in zip(got_in, seconds, strict=True)]
+        least = min(map(len, got_in))
+        if name == "ours":
+            report.add(f"{where}: ours: users that got in, worst round", least, "users", users, least=True)
+        half = p50([p50(times) for times in got_in if times] or [0.0])
+        remark = f"{least} of {users} got in, half of them after {half:.3g} s; {spread(seconds)}"
+        report.add(f"{where}: {name}: until the last", p50(seconds), "s", remark=remark)
+    for name in list(takers)[1:]:
+        report.add(f"{where}: ours / {name}, users let in a second", ratio(rates["ours"], rates[name]), "x")
 
 
 def _crowd(take: Callable[[], dict[str, Any]], crowds: list[dict[str, Any]]) -> float:
@@ -107,12 +116,14 @@ def _ours(login: Mapping[str, Any], users: int) -> dict[str, Any]:
         pool.destroy_all(0.0)
 
 
-def _asyncssh(login: Mapping[str, Any], users: int) -> dict[str, Any]:
+def _asyncssh(login: Mapping[str, Any], users: int, limit: int) -> dict[str, Any]:
     connections: list[asyncssh.SSHClientConnection] = []
     options = _plain(login)
+    places = asyncio.Semaphore(limit)
 
     async def use(_: int) -> None:
-        connection = await asyncssh.connect(**options)
+        async with places:
+            connection = await asyncssh.connect(**options)
         connections.append(connection)
         await connection.run("true", check=True)
 
