@@ -6,7 +6,6 @@ import random
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import asyncssh
@@ -61,7 +60,7 @@ async def log_in(
             if not made or made[0].greeted:
                 raise
             refusals += 1
-            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(refusals - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(refusals - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311 - spread, not secret
             if now() + pause > until:
                 text = f"turned away {refusals} times before the server's greeting (MaxStartups? not an SSH server?)"
                 raise asyncssh.ConnectionLost(text) from error
@@ -106,7 +105,7 @@ def known_hosts_option(options: dict[str, Any]) -> dict[str, Any]:
     asyncssh would read and parse the whole file for each login, on the event loop: some 20 us a line. A file that was
     changed is read again. Public keys only: nothing secret is kept. Raises OSError, ValueError as asyncssh does.
     """
-    path = options.get("known_hosts", str(Path("~/.ssh/known_hosts").expanduser()))
+    path = options.get("known_hosts", os.path.expanduser("~/.ssh/known_hosts"))  # leaves ~ where there is no home
     if not isinstance(path, str) or not os.path.isfile(path) or not os.access(path, os.R_OK):
         return {}  # asyncssh knows what to make of it
     about = os.stat(path)
