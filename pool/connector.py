@@ -89,15 +89,19 @@ class Connector(Generic[B]):
             backend.trust = self._trust
         if self._pool is not None:
             backend.pool = self._pool
+        backend.pool_key = entry.identity[0]
         limit = self._settings().connect_timeout if backend.open_timeout is None else backend.open_timeout
         try:
             async with asyncio.timeout(limit) as clock:
+                backend.open_clock = clock
                 await backend.connect()
         except BaseException as error:
             await _to_the_end(self.destroy(backend))  # whoever opened it half closes it
             if isinstance(error, TimeoutError) and clock.expired():
                 raise BackendUnavailable(f"no connection within {limit:g} s", "timeout", 0.0) from error
             raise
+        finally:
+            backend.open_clock = None
         self.watch(backend)
         return backend
 

@@ -24,6 +24,7 @@ TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "keepalive_interval": ((int, float), "a number of seconds"),
     "known_hosts": ((str,), "a file"),
     "max_channels": ((int,), "a whole number"),
+    "max_connects": ((int,), "a whole number"),
     "max_line": ((int,), "a whole number of bytes"),
     "max_output": ((int,), "a whole number of bytes"),
     "passphrase_env": ((str,), "the name of an environment variable"),

@@ -64,6 +64,10 @@ class Backend(ABC):
     pool: "BackendPoolManager[Any] | None" = None
     """Set by a pool before it connects. A kind that is built on another backend of its key borrows it there in `open`
     (``await self.pool.aacquire_backend(...)``), and releases it in `close`."""
+    pool_key: str = ""
+    """The key that a pool connects it for, set by the pool before it connects; empty for one without a key."""
+    open_clock: asyncio.Timeout | None = None
+    """The pool's time limit of the `open` that is under way; see `unhurried`."""
     open_timeout: float | None = None
     """Seconds for `open`; None: the pool's ``connect_timeout``."""
     weight: int = 0
@@ -145,6 +149,24 @@ class Backend(ABC):
             await asyncio.shield(self.close())
             raise BackendClosed(f"{self!r} was closed while it connected")
         self._set_status(BackendStatus.CONNECTED)
+
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """For a part of `open` that waits for other backends and not for its own host: the pool's limit stands still.
+
+        Whoever uses it limits that part itself.
+        """
+        clock = self.open_clock
+        if clock is None or clock.expired() or (limit := clock.when()) is None:
+            yield
+            return
+        now = asyncio.get_running_loop().time
+        left = limit - now()
+        clock.reschedule(None)
+        try:
+            yield
+        finally:
+            clock.reschedule(now() + left)
 
     @contextmanager
     def timed(self) -> Iterator[None]:

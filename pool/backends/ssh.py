@@ -13,9 +13,11 @@ import asyncssh
 
 from pool.backends.base import BackendStatus, Capabilities
 from pool.backends.channels import Channels, CommandSession
+from pool.backends.handshake import LoginClient, log_in, prompt_acks
 from pool.backends.helper_files import HelperFiles
 from pool.backends.helper_start import EXEC_MODES, Launcher
 from pool.backends.leftovers import owner
+from pool.backends.logins import login_line
 from pool.backends.output import Capture
 from pool.backends.process import PipedProcess
 from pool.backends.pulse import Pulse
@@ -53,7 +55,8 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     the user's default keys and agent. *known_hosts*: file with the host's key; None: the user's own; *insecure*: do
     not verify it (for tests of your own network only). *password_env*, *passphrase_env*: names of the worker's
     environment variables that hold a password, or the passphrase of the keys. *connect_timeout*: seconds for one
-    connect, login included. *keepalive_interval* (seconds) times
+    connect, login included, from its turn on. *max_connects*: logins to the host that may be under way at a time in
+    this process; the others wait for their turn (`pool.backends.logins`). *keepalive_interval* (seconds) times
     *keepalive_count* is how long a silent host is believed to be alive. *max_channels*: sessions for commands and
     files at a time; keep it below the server's MaxSessions (the pulse of ``trust`` takes one more); what exceeds it
     waits. A helper takes one of them for itself, for any number of commands.
@@ -80,6 +83,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         password_env: str | None = None,
         passphrase_env: str | None = None,
         connect_timeout: float = 15.0,
+        max_connects: int = 8,
         keepalive_interval: float = 15.0,
         keepalive_count: int = 3,
         max_channels: int = 8,
@@ -94,6 +98,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
             raise ConfigError(f"port={port!r}: must be from 1 to 65535")
         check_number("max_channels", max_channels, "must be 1 or more", unit="channels")
         check_number("connect_timeout", connect_timeout, "must be more than 0")
+        check_number("max_connects", max_connects, "must be 1 or more", unit="logins")
         check_number("keepalive_interval", keepalive_interval, "must be more than 0")
         check_number("keepalive_count", keepalive_count, "must be 1 or more", unit="messages")
         self.host, self.port, self.username = host, port, username
@@ -106,6 +111,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._insecure = insecure
         self._password_env, self._passphrase_env = password_env, passphrase_env
         self._connect_timeout = connect_timeout
+        self._max_connects = max_connects
         self._keepalive = (keepalive_interval, keepalive_count)
         self._max_channels = max_channels
         if exec_mode not in EXEC_MODES:
@@ -126,14 +132,21 @@ class RemoteFilesystemBackend(WorkspaceBackend):
 
     async def open(self) -> None:
         options = self._options()
+        user = self.pool_key or self.username or ""
+        with self.unhurried():
+            turn = await login_line(self.host, self.port).take(user, self._max_connects, self._connect_timeout)
         try:
             async with asyncio.timeout(self._connect_timeout):
-                connection = await asyncssh.connect(self.host, self.port, client_factory=self._client, **options)
-                await self._settle(connection)
+                connection = await log_in(self.host, self.port, self._client, self._connect_timeout, options)
+                turn.over(got_in=True)
+                with prompt_acks(connection):
+                    await self._settle(connection)
         except (OSError, asyncssh.Error, ValueError) as error:
             if isinstance(error, PoolError):
                 raise
             raise self._connect_error(error) from error
+        finally:
+            turn.over()
 
     async def _settle(self, connection: asyncssh.SSHClientConnection) -> None:
         """Make the new connection the one in use, or leave none behind."""
@@ -416,18 +429,14 @@ def _close_late(opening: "asyncio.Future[asyncssh.SSHClientProcess[bytes]]") -> 
         opening.result().close()
 
 
-class _Client(asyncssh.SSHClient):
+class _Client(LoginClient):
     """Tells the backend when its connection is gone."""
 
     def __init__(self, backend: RemoteFilesystemBackend) -> None:
         self._backend = backend
-        self._connection: asyncssh.SSHClientConnection | None = None
-
-    def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
-        self._connection = conn
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._connection is self._backend._connection:
+        if self.connection is self._backend._connection:
             self._backend._lost(exc)
 
 

@@ -174,7 +174,7 @@ def test_a_port_where_something_else_listens(answer):
         try:
             with no_leaks():
                 backend = RemoteFilesystemBackend(
-                    "127.0.0.1", port=stranger.getsockname()[1], username="u", insecure=True, connect_timeout=10
+                    "127.0.0.1", port=stranger.getsockname()[1], username="u", insecure=True, connect_timeout=2
                 )
                 with pytest.raises(BackendUnavailable) as caught:
                     backend.exec("true")
