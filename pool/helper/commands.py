@@ -2,7 +2,9 @@
 
 import errno
 import os
+import resource  # also what `os.wait4` loads: later there may be no descriptor left for that
 import signal
+import sys
 
 from pool.helper import family, wire
 
@@ -13,6 +15,9 @@ _SHELL_LIMIT = 120000
 
 _RESTORED = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 """Signals that Python, or the helper, ignores, and a command must not."""
+
+_SPARED = 16
+"""Descriptors that commands leave to the rest: looking at processes, and file operations."""
 
 KILL_TICK, KILL_TICKS = 0.005, 0.04
 """Seconds between two looks at a family that is being ended: at first, and at most; they double."""
@@ -104,6 +109,8 @@ def start(request: bytes, base: "dict[bytes, bytes]") -> "tuple[int, int, int]":
             argv = [b"/bin/sh", b"-c", b". /dev/fd/9", b"/bin/sh"]
         ends += os.pipe()
         ends += os.pipe()
+        if max(ends) >= _limit:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         try:
             pid = _spawn(argv, env, ends[1], ends[3], script)
         except OSError as error:
@@ -201,3 +208,5 @@ def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, sc
 
 
 _NULL = os.open(os.devnull, os.O_RDWR)
+_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+_limit = max(_files - _SPARED, _files // 2) if _files > 0 else sys.maxsize
