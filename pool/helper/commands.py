@@ -99,10 +99,10 @@ def start(request: bytes, base: "dict[bytes, bytes]") -> "tuple[int, int, int]":
         for variable in variables:
             name, _, value = variable.partition(b"=")
             env[name] = value
-    _enter(folders)
     script = -1
     ends = []  # type: list[int]
     try:
+        _enter(folders)
         argv = [b"/bin/sh", b"-c", command]
         if len(command) > _ARGUMENT_LIMIT:
             script = _file_of(command)
