@@ -45,6 +45,7 @@ class Helper:
         for end in (self._woken, self._waking, 1):
             os.set_blocking(end, False)
         self._asked_to_end = False
+        self.code = 0
         signal.set_wakeup_fd(self._waking)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._on_term)
@@ -69,19 +70,38 @@ class Helper:
     def run(self) -> None:
         """Serve until the worker goes away and everything is ended."""
         while not (self._closing and self._ended()):
-            if self._closing or len(self._unsent) <= _ROOM:
-                events = self._events.poll(self._timeout())
-            else:
-                events = self._control.poll(self._timeout())
-            for descriptor, _ in events:
-                if descriptor == 0:
-                    self._read()
-                elif descriptor == self._woken:
-                    self._woke()
-                elif descriptor in self._by_output:
-                    self._forward(self._by_output[descriptor], descriptor)
-            self._due()
-            self._flush()
+            try:
+                self._step()
+            except Exception as error:  # nonsense from the worker, or a bug: commands are ended all the same
+                self._fail(error)
+
+    def _step(self) -> None:
+        if self._closing or len(self._unsent) <= _ROOM:
+            events = self._events.poll(self._timeout())
+        else:
+            events = self._control.poll(self._timeout())
+        for descriptor, _ in events:
+            if descriptor == 0:
+                self._read()
+            elif descriptor == self._woken:
+                self._woke()
+            elif descriptor in self._by_output:
+                self._forward(self._by_output[descriptor], descriptor)
+        self._due()
+        self._flush()
+
+    def _fail(self, error: Exception) -> None:
+        """Say it, and end; at once, when it has come to that before."""
+        try:
+            os.write(2, ("pool-helper: %r\n" % (error,)).encode("ascii", "backslashreplace"))
+        except OSError:  # nobody listens
+            pass
+        self.code = 1
+        if self._closing:
+            for command in self._running.values():
+                family.send(signal.SIGKILL, command.pid, [], leads=command.code is None)
+            os._exit(self.code)
+        self._close()
 
     # -- waiting
 
@@ -119,6 +139,8 @@ class Helper:
     # -- the channel
 
     def _read(self) -> None:
+        if self._closing:
+            return
         try:
             data = os.read(0, 1 << 18)
         except BlockingIOError:
@@ -133,6 +155,8 @@ class Helper:
         at = 0
         while len(unread) - at >= wire.HEADER.size:
             kind, number, length = wire.HEADER.unpack_from(unread, at)
+            if kind not in self._kinds:
+                raise ValueError("no frame is of kind %d" % kind)
             end = at + wire.HEADER.size + length
             if len(unread) < end:
                 break
@@ -355,7 +379,7 @@ def _environment() -> "dict[bytes, bytes]":
 def main(token: str) -> None:
     """Say who we are, and serve."""
     os.chdir("/")
-    os.write(1, wire.mark(token))
     helper = Helper(_environment())
+    os.write(1, wire.mark(token))
     helper.run()
-    os._exit(0)  # not waiting for a file operation that hangs
+    os._exit(helper.code)  # not waiting for a file operation that hangs
