@@ -247,17 +247,18 @@ class Helper:
 
     def _forward(self, command: commands.Command, descriptor: int) -> None:
         """Send what there is of an output, as far as there is credit."""
-        if command.credit <= 0:
+        dropped = command.over is not None
+        if command.credit <= 0 and not dropped:
             self._pause(command)
             return
         try:
-            data = os.read(descriptor, min(wire.CHUNK, command.credit))
+            data = os.read(descriptor, wire.CHUNK if dropped else min(wire.CHUNK, command.credit))
         except BlockingIOError:
             return
         except OSError:
             data = b""
         if data:
-            if command.over is None:
+            if not dropped:
                 command.credit -= len(data)
                 self._send(command.outputs[descriptor], command.number, data)
             return
