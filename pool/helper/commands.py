@@ -32,13 +32,16 @@ class Refused(Exception):
 class Command:
     """A command that runs.
 
-    *spared*: the orphans that were there before it, see `family.Orphans`.
+    *spared*: the orphans that were there before it, and *began*: the time, see `family.Orphans`.
     """
 
     __slots__ = (
+        "began",
         "code",
         "credit",
         "due",
+        "known",
+        "led",
         "number",
         "outputs",
         "over",
@@ -50,8 +53,10 @@ class Command:
         "usage",
     )
 
-    def __init__(self, number: int, pid: int, outputs: "dict[int, int]", spared: bytes) -> None:
-        self.number, self.pid, self.outputs, self.spared = number, pid, outputs, spared
+    def __init__(self, number: int, pid: int, outputs: "dict[int, int]", spared: bytes, began: int) -> None:
+        self.number, self.pid, self.outputs, self.spared, self.began = number, pid, outputs, spared, began
+        self.known = {pid: family.ANY}  # its family so far: who has lost its parent stays in it
+        self.led = False
         self.credit = wire.WINDOW
         self.paused = False
         self.code = None  # type: int | None
@@ -65,10 +70,19 @@ class Command:
         """Note how its first process ended."""
         self.code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
         self.usage = (seconds, size)
+        self.known[self.pid] = family.GONE
 
-    def kill(self, now: float, alive: "list[family.Process]") -> bool:
-        """Go on with ending its family, of which *alive* is left: TERM, then KILL. Returns whether that is over."""
+    def kill(self, now: float, alive: "list[family.Process] | None") -> bool:
+        """Go on with ending its family, of which *alive* is left: TERM, then KILL. Returns whether that is over.
+
+        None: it cannot be seen. Then its group is the family, if it still had its leader when the ending began.
+        """
         leads = self.code is None
+        if self.over is None:
+            self.led = leads
+        if alive is None:
+            alive = []
+            leads = leads or (self.led and family.group_lives(self.pid))
         if self.over is None:
             self.over = now + wire.KILL_GRACE
             family.send(signal.SIGTERM, self.pid, alive, leads=leads)

@@ -115,7 +115,7 @@ class Helper:
     def _timeout(self) -> "float | None":
         """Milliseconds until something is due."""
         moments = [command.due for command in self._ending]
-        if self._closing:
+        if self._closing and not self._running:
             moments.append(self._patience)
         if self._untold:
             moments.append(self._untold[0][0])
@@ -132,9 +132,14 @@ class Helper:
         if due:
             everyone = family.processes()
             for command in due:
-                alive = family.members(command.pid, everyone, self._orphans.belong(command.spared))
-                if command.kill(now, alive):
+                if command.kill(now, self._family(command, everyone)):
                     self._end(command)
+
+    def _family(self, command: commands.Command, everyone: "list[family.Process]") -> "list[family.Process] | None":
+        if len(self._running) > 1:
+            self._orphans.mix()
+        belongs = self._orphans.belong(command.spared, command.began)
+        return family.members(command.known, everyone, belongs) if everyone else None
 
     # -- the channel
 
@@ -218,7 +223,7 @@ class Helper:
 
     def _try_start(self, number: int, request: bytes) -> bool:
         """Start it, or say what is wrong with it; returns False when there is no room for it now."""
-        spared = self._orphans.present()
+        spared, began = self._orphans.present(), family.ticks()
         try:
             pid, out, err = commands.start(request, self._env)
         except commands.Refused as refused:
@@ -229,7 +234,7 @@ class Helper:
                 return False
             self._send(wire.FAILED, number, wire.join(b"os", b"%d" % (error.errno or 0), b"/bin/sh"))
             return True
-        command = commands.Command(number, pid, {out: wire.OUT, err: wire.ERR}, spared)
+        command = commands.Command(number, pid, {out: wire.OUT, err: wire.ERR}, spared, began)
         if self._running:
             self._orphans.mix()
         self._running[number] = self._by_pid[pid] = command
@@ -331,7 +336,8 @@ class Helper:
             self._ending.remove(command)
         for descriptor in list(command.outputs):
             self._close_output(command, descriptor)
-        self._by_pid.pop(command.pid, None)
+        if command.code is None:  # otherwise its number may be another's by now
+            del self._by_pid[command.pid]
         code = 128 + signal.SIGKILL if command.code is None else command.code
         self._send(wire.EXIT, command.number, b"%d %.6f %d" % (code, command.usage[0], command.usage[1]))
         if self._running:
@@ -352,10 +358,8 @@ class Helper:
     def _begin_end(self, command: commands.Command) -> None:
         if command.over is not None:
             return
-        everyone = family.processes()
-        alive = family.members(command.pid, everyone, self._orphans.belong(command.spared))
         self._ending.append(command)
-        command.kill(time.monotonic(), alive)
+        command.kill(time.monotonic(), self._family(command, family.processes()))
         if command.paused:
             self._resume(command)  # what it still writes is dropped
 

@@ -129,10 +129,13 @@ def test_a_family_is_looked_for_without_a_leader_whose_number_is_taken():
         return family.Process(pid, [b"S", b"%d" % parent, b"%d" % pid, b"%d" % session, *[b"0"] * 15, b"7"])
 
     reused, child, orphan = process(500, 1, 500), process(501, 500, 500), process(502, os.getpid(), 400)
+    stray = process(503, 1, 500)
     everyone = [reused, child, orphan]
-    assert family.members(500, everyone, lambda p: p is orphan, leads=True) == everyone
-    assert family.members(500, everyone, lambda p: p is orphan, leads=False) == [orphan]
-    assert family.members(500, [child, orphan], family.nobodys, leads=False) == [child]
+    for start in (family.ANY, 7):
+        assert family.members({500: start}, everyone, lambda p: p is orphan) == everyone
+    for start in (family.GONE, 6):
+        assert family.members({500: start}, everyone, lambda p: p is orphan) == [orphan]
+    assert family.members({500: family.GONE}, [orphan, stray], family.nobodys) == [stray]
 
 
 @pytest.mark.parametrize("how", ["the channel is closed", "SIGTERM", "stdout is closed"])
