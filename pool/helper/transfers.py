@@ -138,9 +138,7 @@ class Transfers:
                 self._idle -= 1
                 transfer = self._queue.popleft()
             try:
-                if transfer.given_up:
-                    raise GivenUp
-                answer = wire.DONE, _OPERATIONS[transfer.operation](self, transfer)
+                answer = wire.DONE, self._operate(transfer)
             except files.Outside as error:
                 answer = wire.FAILED, wire.join(b"outside", error.args[0])
             except OSError as error:
@@ -152,6 +150,11 @@ class Transfers:
             with self._condition:
                 self._open.pop(transfer.number, None)
             self._send(answer[0], transfer.number, answer[1])
+
+    def _operate(self, transfer: Transfer) -> bytes:
+        if transfer.given_up:
+            raise GivenUp
+        return _OPERATIONS[transfer.operation](self, transfer)
 
     def _send(self, kind: int, number: int, payload: bytes) -> None:
         self._frames.append((kind, number, payload))
