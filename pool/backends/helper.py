@@ -133,9 +133,9 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         if self._channel is not None:
             self._channel.close()
 
-    def _reason(self) -> str:
+    def _reason(self, what: str = "its python3 did not begin") -> str:
         said = self._stderr.tail_text(400).strip().rpartition("\n")[2]
-        return ": ".join(filter(None, ["its python3 did not begin", self.how, said]))
+        return ": ".join(filter(None, [what, self.how or "cut off", said]))
 
     # -- calls
 
@@ -292,7 +292,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             self._greeted.exception()
             return
         calls, self._calls = self._calls, {}
-        error = self._lost(exc or (None if self._closing else EOFError(f"its helper ended: {self.how or 'cut off'}")))
+        error = self._lost(exc or (None if self._closing else EOFError(self._reason("its helper ended"))))
         for call in calls.values():
             call.lost(error)
         if not self._closing:

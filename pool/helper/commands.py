@@ -2,14 +2,11 @@
 
 import errno
 import os
+import resource  # also what `os.wait4` loads: later there may be no descriptor left for that
 import signal
 import sys
 
 from pool.helper import family, wire
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    import resource
 
 _ARGUMENT_LIMIT = 100000
 """Bytes of a command; a longer one is read from a file. Linux takes at most 128 KiB in one argument, ..."""
@@ -18,6 +15,9 @@ _SHELL_LIMIT = 120000
 
 _RESTORED = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 """Signals that Python, or the helper, ignores, and a command must not."""
+
+_SPARED = 16
+"""Descriptors that commands leave to the rest: looking at processes, and file operations."""
 
 KILL_TICK, KILL_TICKS = 0.005, 0.04
 """Seconds between two looks at a family that is being ended: at first, and at most; they double."""
@@ -32,13 +32,16 @@ class Refused(Exception):
 class Command:
     """A command that runs.
 
-    *spared*: the orphans that were there before it, see `family.Orphans`.
+    *spared*: the orphans that were there before it, and *began*: the time, see `family.Orphans`.
     """
 
     __slots__ = (
+        "began",
         "code",
         "credit",
         "due",
+        "known",
+        "led",
         "number",
         "outputs",
         "over",
@@ -50,8 +53,10 @@ class Command:
         "usage",
     )
 
-    def __init__(self, number: int, pid: int, outputs: "dict[int, int]", spared: bytes) -> None:
-        self.number, self.pid, self.outputs, self.spared = number, pid, outputs, spared
+    def __init__(self, number: int, pid: int, outputs: "dict[int, int]", spared: bytes, began: int) -> None:
+        self.number, self.pid, self.outputs, self.spared, self.began = number, pid, outputs, spared, began
+        self.known = {pid: family.ANY}  # its family so far: who has lost its parent stays in it
+        self.led = False
         self.credit = wire.WINDOW
         self.paused = False
         self.code = None  # type: int | None
@@ -66,10 +71,19 @@ class Command:
         self.code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
         size = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss << 10
         self.usage = (usage.ru_utime + usage.ru_stime, size)
+        self.known[self.pid] = family.GONE
 
-    def kill(self, now: float, alive: "list[family.Process]") -> bool:
-        """Go on with ending its family, of which *alive* is left: TERM, then KILL. Returns whether that is over."""
+    def kill(self, now: float, alive: "list[family.Process] | None") -> bool:
+        """Go on with ending its family, of which *alive* is left: TERM, then KILL. Returns whether that is over.
+
+        None: it cannot be seen. Then its group is the family, if it still had its leader when the ending began.
+        """
         leads = self.code is None
+        if self.over is None:
+            self.led = leads
+        if alive is None:
+            alive = []
+            leads = leads or (self.led and family.group_lives(self.pid))
         if self.over is None:
             self.over = now + wire.KILL_GRACE
             family.send(signal.SIGTERM, self.pid, alive, leads=leads)
@@ -100,16 +114,18 @@ def start(request: bytes, base: "dict[bytes, bytes]") -> "tuple[int, int, int]":
         for variable in variables:
             name, _, value = variable.partition(b"=")
             env[name] = value
-    _enter(folders)
     script = -1
     ends = []  # type: list[int]
     try:
+        _enter(folders)
         argv = [b"/bin/sh", b"-c", command]
         if len(command) > _ARGUMENT_LIMIT:
             script = _file_of(command)
             argv = [b"/bin/sh", b"-c", b". /dev/fd/9", b"/bin/sh"]
         ends += os.pipe()
         ends += os.pipe()
+        if max(ends) >= _limit:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         try:
             pid = _spawn(argv, env, ends[1], ends[3], script)
         except OSError as error:
@@ -209,3 +225,5 @@ def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, sc
 
 NULL = os.open(os.devnull, os.O_RDWR)
 """What reads as empty, and takes everything."""
+_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+_limit = max(_files - _SPARED, _files // 2) if _files > 0 else sys.maxsize

@@ -51,9 +51,12 @@ def processes() -> "list[Process]":
 def ticks() -> int:
     """Return the present time as `Process.start` counts it."""
     try:
-        return int(time.clock_gettime(7) * os.sysconf("SC_CLK_TCK"))  # CLOCK_BOOTTIME, which Python 3.6 does not name
+        return int(time.clock_gettime(7) * _TICKS)  # CLOCK_BOOTTIME, which Python 3.6 does not name
     except (OSError, AttributeError):
         return 0
+
+
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def nobodys(_: Process) -> bool:
@@ -64,8 +67,8 @@ def nobodys(_: Process) -> bool:
 class Orphans:
     """Processes that lost their parent, and became children of this one; and whose they are.
 
-    One that was there when a command began is not the command's. Of what came later none can tell, unless the command
-    was the only one that ran since: then it is.
+    One that was born before a command began is not the command's, nor one in the session of an orphan that was there.
+    Of what came later none can tell, unless the command was the only one that ran since: then it is.
     """
 
     def __init__(self) -> None:
@@ -88,13 +91,15 @@ class Orphans:
         """Note that two commands run at this moment."""
         self._mixed_until = ticks()
 
-    def belong(self, spared: bytes) -> "Callable[[Process], bool]":
-        """Return what tells of a process whether it is of a command that began when *spared* were there."""
+    def belong(self, spared: bytes, began: int) -> "Callable[[Process], bool]":
+        """Return what tells of a process whether it is of a command that *began* (`ticks`) when *spared* were there."""
         before = self.spared.union(int(pid) for pid in spared.split())
         me = os.getpid()
 
         def belongs(process: Process) -> bool:
-            return process.parent == me and process.start > self._mixed_until and process.pid not in before
+            if process.parent != me or process.start <= self._mixed_until or process.start < began:
+                return False
+            return process.pid not in before and process.session not in before
 
         return belongs if self.adopting else nobodys
 
@@ -109,20 +114,48 @@ def _adopt() -> bool:
         return False
 
 
-def members(leader: int, everyone: "list[Process]", belongs: "Callable[[Process], bool]") -> "list[Process]":
-    """Return the living family of *leader* among *everyone*; *belongs* tells which orphans are of it."""
+ANY, GONE = -1, 0
+"""In place of a start. The process lives, or has not been waited for: its number is its own. Or it was waited for."""
+
+
+def members(
+    roots: "dict[int, int]", everyone: "list[Process]", belongs: "Callable[[Process], bool]"
+) -> "list[Process]":
+    """Return the living family among *everyone*, and add it to *roots*, which are known to be of it: pid and start.
+
+    *belongs* tells which orphans are of it, too.
+    """
     me = os.getpid()
-    family = {leader}
+    family = set(roots)
+    for process in everyone:  # a number that is another's now tells nothing; one that is nobody's may be a session's
+        if roots.get(process.pid, ANY) not in (ANY, process.start):
+            family.discard(process.pid)
+    others = {process.pid for process in everyone if process.pid in roots} - family
     grown = True
     while grown:
         grown = False
         for process in everyone:
-            if process.pid in family or process.pid == me:
+            if process.pid in family or process.pid in others or process.pid == me:
                 continue
             if process.parent in family or process.session in family or belongs(process):
                 family.add(process.pid)
                 grown = True
-    return [process for process in everyone if process.pid in family and process.state not in (b"Z", b"X")]
+    found = [process for process in everyone if process.pid in family and process.state not in (b"Z", b"X")]
+    for process in found:
+        if roots.get(process.pid) != ANY:
+            roots[process.pid] = process.start
+    return found
+
+
+def group_lives(leader: int) -> bool:
+    """Whether there is anybody in a process group."""
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def send(number: int, leader: int, family: "list[Process]", *, leads: bool) -> None:
@@ -149,13 +182,12 @@ def sweep(told: "list[bytes]") -> None:
     """End what an earlier helper, which is no more, told of: each a process and its start."""
     for text in told:
         pid, _, start = text.partition(b" ")
-        leader = int(pid)
-        now = look(leader)
-        if now is not None and start and now.start != int(start):  # the number is another process's now
+        if not start:  # nor is there a /proc to look at now
             continue
+        roots = {int(pid): int(start)}
         for _ in range(20):  # what it starts at this moment is found the next time
-            family = members(leader, processes(), nobodys)
-            if not family:
+            found = members(roots, processes(), nobodys)
+            if not found:
                 break
-            send(signal.SIGKILL, leader, family, leads=False)
+            send(signal.SIGKILL, int(pid), found, leads=False)
             time.sleep(0.01)

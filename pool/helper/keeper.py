@@ -55,6 +55,7 @@ def _keep(request: durable.Request, env: "dict[bytes, bytes]") -> int:
     durable.write(
         folder, b"keeper", b"%d %d %s %s" % (os.getpid(), me.start if me else 0, durable.boot(), request.digest)
     )
+    began = family.ticks()
     try:
         pid, out, err = commands.start(request.command, env)
     except commands.Refused as refused:
@@ -65,7 +66,7 @@ def _keep(request: durable.Request, env: "dict[bytes, bytes]") -> int:
         return 0
     os.close(lock)
     durable.clean(os.path.join(request.root, durable.FOLDER))
-    keeper = _Keeper(folder, commands.Command(0, pid, {out: wire.OUT, err: wire.ERR}, b""), request)
+    keeper = _Keeper(folder, commands.Command(0, pid, {out: wire.OUT, err: wire.ERR}, b"", began), request)
     keeper.run()
     return 0
 
@@ -165,7 +166,8 @@ class _Keeper:
                 return False
         elif now < self._command.due:
             return False
-        alive = family.members(self._command.pid, family.processes(), self._orphans.belong(b""))
+        everyone, belongs = family.processes(), self._orphans.belong(b"", self._command.began)
+        alive = family.members(self._command.known, everyone, belongs) if everyone else None
         return self._command.kill(now, alive)
 
 

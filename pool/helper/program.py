@@ -45,6 +45,7 @@ class Helper:
         for end in (self._woken, self._waking, 1):
             os.set_blocking(end, False)
         self._asked_to_end = False
+        self.code = 0
         signal.set_wakeup_fd(self._waking)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._on_term)
@@ -70,19 +71,38 @@ class Helper:
     def run(self) -> None:
         """Serve until the worker goes away and everything is ended."""
         while not (self._closing and self._ended()):
-            if self._closing or len(self._unsent) <= _ROOM:
-                events = self._events.poll(self._timeout())
-            else:
-                events = self._control.poll(self._timeout())
-            for descriptor, _ in events:
-                if descriptor == 0:
-                    self._read()
-                elif descriptor == self._woken:
-                    self._woke()
-                elif descriptor in self._by_output:
-                    self._forward(self._by_output[descriptor], descriptor)
-            self._due()
-            self._flush()
+            try:
+                self._step()
+            except Exception as error:  # nonsense from the worker, or a bug: commands are ended all the same
+                self._fail(error)
+
+    def _step(self) -> None:
+        if self._closing or len(self._unsent) <= _ROOM:
+            events = self._events.poll(self._timeout())
+        else:
+            events = self._control.poll(self._timeout())
+        for descriptor, _ in events:
+            if descriptor == 0:
+                self._read()
+            elif descriptor == self._woken:
+                self._woke()
+            elif descriptor in self._by_output:
+                self._forward(self._by_output[descriptor], descriptor)
+        self._due()
+        self._flush()
+
+    def _fail(self, error: Exception) -> None:
+        """Say it, and end; at once, when it has come to that before."""
+        try:
+            os.write(2, ("pool-helper: %r\n" % (error,)).encode("ascii", "backslashreplace"))
+        except OSError:  # nobody listens
+            pass
+        self.code = 1
+        if self._closing:
+            for command in self._running.values():
+                family.send(signal.SIGKILL, command.pid, [], leads=command.code is None)
+            os._exit(self.code)
+        self._close()
 
     # -- waiting
 
@@ -97,7 +117,7 @@ class Helper:
         """Milliseconds until something is due."""
         moments = [command.due for command in self._ending]
         moments += [one.due for one in self._followers.values() if one.credit > 0]
-        if self._closing:
+        if self._closing and not self._running:
             moments.append(self._patience)
         if self._untold:
             moments.append(self._untold[0][0])
@@ -116,13 +136,20 @@ class Helper:
         if due:
             everyone = family.processes()
             for command in due:
-                alive = family.members(command.pid, everyone, self._orphans.belong(command.spared))
-                if command.kill(now, alive):
+                if command.kill(now, self._family(command, everyone)):
                     self._end(command)
+
+    def _family(self, command: commands.Command, everyone: "list[family.Process]") -> "list[family.Process] | None":
+        if len(self._running) > 1:
+            self._orphans.mix()
+        belongs = self._orphans.belong(command.spared, command.began)
+        return family.members(command.known, everyone, belongs) if everyone else None
 
     # -- the channel
 
     def _read(self) -> None:
+        if self._closing:
+            return
         try:
             data = os.read(0, 1 << 18)
         except BlockingIOError:
@@ -137,6 +164,8 @@ class Helper:
         at = 0
         while len(unread) - at >= wire.HEADER.size:
             kind, number, length = wire.HEADER.unpack_from(unread, at)
+            if kind not in self._kinds:
+                raise ValueError("no frame is of kind %d" % kind)
             end = at + wire.HEADER.size + length
             if len(unread) < end:
                 break
@@ -198,7 +227,7 @@ class Helper:
 
     def _try_start(self, number: int, request: bytes) -> bool:
         """Start it, or say what is wrong with it; returns False when there is no room for it now."""
-        spared = self._orphans.present()
+        spared, began = self._orphans.present(), family.ticks()
         try:
             pid, out, err = commands.start(request, self._env)
         except commands.Refused as refused:
@@ -209,7 +238,7 @@ class Helper:
                 return False
             self._send(wire.FAILED, number, wire.join(b"os", b"%d" % (error.errno or 0), b"/bin/sh"))
             return True
-        command = commands.Command(number, pid, {out: wire.OUT, err: wire.ERR}, spared)
+        command = commands.Command(number, pid, {out: wire.OUT, err: wire.ERR}, spared, began)
         if self._running:
             self._orphans.mix()
         self._running[number] = self._by_pid[pid] = command
@@ -227,17 +256,18 @@ class Helper:
 
     def _forward(self, command: commands.Command, descriptor: int) -> None:
         """Send what there is of an output, as far as there is credit."""
-        if command.credit <= 0:
+        dropped = command.over is not None
+        if command.credit <= 0 and not dropped:
             self._pause(command)
             return
         try:
-            data = os.read(descriptor, min(wire.CHUNK, command.credit))
+            data = os.read(descriptor, wire.CHUNK if dropped else min(wire.CHUNK, command.credit))
         except BlockingIOError:
             return
         except OSError:
             data = b""
         if data:
-            if command.over is None:
+            if not dropped:
                 command.credit -= len(data)
                 self._send(command.outputs[descriptor], command.number, data)
             return
@@ -315,7 +345,8 @@ class Helper:
             self._ending.remove(command)
         for descriptor in list(command.outputs):
             self._close_output(command, descriptor)
-        self._by_pid.pop(command.pid, None)
+        if command.code is None:  # otherwise its number may be another's by now
+            del self._by_pid[command.pid]
         code = 128 + signal.SIGKILL if command.code is None else command.code
         self._send(wire.EXIT, command.number, b"%d %.6f %d" % (code, command.usage[0], command.usage[1]))
         if self._running:
@@ -338,10 +369,8 @@ class Helper:
     def _begin_end(self, command: commands.Command) -> None:
         if command.over is not None:
             return
-        everyone = family.processes()
-        alive = family.members(command.pid, everyone, self._orphans.belong(command.spared))
         self._ending.append(command)
-        command.kill(time.monotonic(), alive)
+        command.kill(time.monotonic(), self._family(command, family.processes()))
         if command.paused:
             self._resume(command)  # what it still writes is dropped
 
@@ -398,7 +427,7 @@ def _environment(of_parent: bool) -> "dict[bytes, bytes]":
 def main(token: str, of_parent: bool) -> None:
     """Say who we are, and serve."""
     os.chdir("/")
-    os.write(1, wire.mark(token))
     helper = Helper(_environment(of_parent))
+    os.write(1, wire.mark(token))
     helper.run()
-    os._exit(0)  # not waiting for a file operation that hangs
+    os._exit(helper.code)  # not waiting for a file operation that hangs

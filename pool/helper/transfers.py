@@ -1,5 +1,6 @@
 """File operations of the helper: each blocks, so it runs in one of a few threads; contents go against credit."""
 
+import errno
 import os
 import threading
 from collections import deque
@@ -69,9 +70,19 @@ class Transfers:
             transfer = self._open[number] = Transfer(number, request, self._condition)
             self._queue.append(transfer)
             if self._threads < _THREADS and self._idle < len(self._queue):
-                self._threads += 1
-                threading.Thread(target=self._serve, daemon=True).start()
+                self._begin_thread()
             self._condition.notify_all()
+
+    def _begin_thread(self) -> None:
+        try:
+            threading.Thread(target=self._serve, daemon=True).start()
+        except RuntimeError:  # this host has no room for one
+            if not self._threads:
+                transfer = self._queue.pop()
+                del self._open[transfer.number]
+                self._send(wire.FAILED, transfer.number, wire.join(b"os", b"%d" % errno.EAGAIN, b""))
+        else:
+            self._threads += 1
 
     def feed(self, number: int, data: bytes) -> None:
         """Take a piece of content."""
@@ -127,7 +138,7 @@ class Transfers:
                 self._idle -= 1
                 transfer = self._queue.popleft()
             try:
-                answer = wire.DONE, _OPERATIONS[transfer.operation](self, transfer)
+                answer = wire.DONE, self._operate(transfer)
             except files.Outside as error:
                 answer = wire.FAILED, wire.join(b"outside", error.args[0])
             except OSError as error:
@@ -139,6 +150,11 @@ class Transfers:
             with self._condition:
                 self._open.pop(transfer.number, None)
             self._send(answer[0], transfer.number, answer[1])
+
+    def _operate(self, transfer: Transfer) -> bytes:
+        if transfer.given_up:
+            raise GivenUp
+        return _OPERATIONS[transfer.operation](self, transfer)
 
     def _send(self, kind: int, number: int, payload: bytes) -> None:
         self._frames.append((kind, number, payload))

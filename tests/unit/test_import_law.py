@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import pool
+from pool.helper.bundle import _MODULES
 
 ROOT = Path(pool.__file__).parents[1]
 CORE = (
@@ -74,6 +75,16 @@ def test_sharding_decisions_need_the_standard_library_only(path):
     assert not foreign
     if not allowed:
         assert not {module for module in inside(path) if not module.startswith("pool.sharding")}
+
+
+SENT = [path for path in sorted((ROOT / "pool" / "helper").glob("*.py")) if path.stem not in ("__init__", "bundle")]
+
+
+@pytest.mark.parametrize("path", SENT, ids=name)
+def test_what_is_sent_to_hosts_needs_the_standard_library_and_what_was_sent_before(path):
+    """There is nothing else there; `bundle` stays with the worker."""
+    assert not modules(path) - set(sys.stdlib_module_names) - {"pool"}
+    assert inside(path) <= {f"pool.helper.{module}" for module in _MODULES[: _MODULES.index(path.stem)]}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tasks").glob("*.py")), ids=name)
