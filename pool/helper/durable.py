@@ -100,6 +100,17 @@ class KeptBy:
         return True
 
 
+def keepers(root: bytes) -> "list[int]":
+    """Return the keepers that live, of all commands in a root."""
+    path = os.path.join(root, FOLDER)
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return []
+    found = [_keeper(os.path.join(path, name)) for name in names]
+    return [keeper.pid for keeper in found if keeper is not None and keeper.lives()]
+
+
 def clean(path: bytes) -> None:
     """Remove the folders of commands that ended long ago, or were lost with their keeper."""
     try:
@@ -124,10 +135,15 @@ def _ended_at(folder: bytes) -> float:
         return 0.0
 
 
-def _kept(folder: bytes) -> bool:
-    """Whether its keeper lives."""
+def _keeper(folder: bytes) -> "KeptBy | None":
     try:
         with open(os.path.join(folder, b"keeper"), "rb") as file:
-            return KeptBy(file.read()).lives()
+            return KeptBy(file.read())
     except (OSError, ValueError):
-        return False
+        return None
+
+
+def _kept(folder: bytes) -> bool:
+    """Whether its keeper lives."""
+    keeper = _keeper(folder)
+    return keeper is not None and keeper.lives()

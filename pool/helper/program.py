@@ -12,7 +12,11 @@ import signal
 import time
 from collections import deque
 
-from pool.helper import commands, durable, family, follower, keeper, transfers, wire
+from pool.helper import commands, family, wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pool.helper import follower, transfers
 
 _ROOM = 1 << 18
 """Bytes that may wait for the channel; while there are more, no output is read."""
@@ -35,7 +39,7 @@ class Helper:
         self._ending = []  # type: list[commands.Command]
         self._untold = deque()  # type: deque[tuple[float, commands.Command]]
         self._followers = {}  # type: dict[int, follower.Follower]
-        self._transfers = transfers.Transfers(self._wake)
+        self._transfers: transfers.Transfers | None = None
         self._unread = bytearray()
         self._unsent = bytearray()
         self._full = False  # the channel takes no more at present
@@ -63,8 +67,8 @@ class Helper:
             wire.KILL: self._kill,
             wire.PING: self._ping,
             wire.DURABLE: self._durable,
-            wire.FILE: self._transfers.begin,
-            wire.INPUT: self._transfers.feed,
+            wire.FILE: self._operate,
+            wire.INPUT: self._feed,
             wire.SWEEP: self._sweep,
         }
 
@@ -206,14 +210,17 @@ class Helper:
         self._events.unregister(0)
         if self._full:
             self._events.unregister(1)
-        self._transfers.give_all_up()
+        if self._transfers is not None:
+            self._transfers.give_all_up()
         for command in list(self._running.values()):
             self._begin_end(command)
         self._wake()
 
     def _ended(self) -> bool:
         """Whether nothing is left that would have to be waited for."""
-        return not self._running and (self._transfers.none() or time.monotonic() > self._patience)
+        if self._running:
+            return False
+        return self._transfers is None or self._transfers.none() or time.monotonic() > self._patience
 
     def _on_term(self, *_: object) -> None:
         """Between any two steps of the loop, so only take a note; the signal wakes the loop."""
@@ -294,7 +301,7 @@ class Helper:
             if number in self._followers:
                 self._followers[number].credit += count
                 self._followers[number].hurry()
-            else:
+            elif self._transfers is not None:
                 self._transfers.grant(number, count)
             return
         command.credit += count
@@ -314,8 +321,13 @@ class Helper:
             pass
         if self._asked_to_end:
             self._close()
-        for kind, number, payload in self._transfers.take():
-            self._send(kind, number, payload)
+        if self._transfers is not None:
+            for kind, number, payload in self._transfers.take():
+                self._send(kind, number, payload)
+        self._reap()
+
+    def _reap(self) -> None:
+        """Look which children have ended."""
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -363,7 +375,7 @@ class Helper:
             self._send(wire.EXIT, number, b"%d 0 0" % (128 + signal.SIGTERM))
         elif number in self._followers:
             self._followers[number].kill()
-        else:
+        elif self._transfers is not None:
             self._transfers.give_up(number)
 
     def _begin_end(self, command: commands.Command) -> None:
@@ -377,6 +389,8 @@ class Helper:
     # -- commands that outlive this program
 
     def _durable(self, number: int, payload: bytes) -> None:
+        from pool.helper import durable, follower, keeper
+
         request = durable.Request(payload)
         try:
             kept_by = keeper.keep(request, self._env)
@@ -386,7 +400,7 @@ class Helper:
         self._orphans.spared.add(kept_by)
         self._followers[number] = follower.Follower(number, request, kept_by)
 
-    def _follow(self, one: follower.Follower, now: float) -> None:
+    def _follow(self, one: "follower.Follower", now: float) -> None:
         for kind, payload in one.step(now):
             self._send(kind, one.number, payload)
             if kind in (wire.EXIT, wire.FAILED):
@@ -401,7 +415,18 @@ class Helper:
                 one.child = 0
                 one.hurry()
 
-    # -- the rest
+    # -- files, and the rest
+
+    def _operate(self, number: int, request: bytes) -> None:
+        if self._transfers is None:
+            from pool.helper import transfers
+
+            self._transfers = transfers.Transfers(self._wake)
+        self._transfers.begin(number, request)
+
+    def _feed(self, number: int, data: bytes) -> None:
+        if self._transfers is not None:
+            self._transfers.feed(number, data)
 
     def _ping(self, number: int, _: bytes) -> None:
         self._send(wire.PONG, number)
