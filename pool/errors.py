@@ -179,7 +179,11 @@ class InvalidKey(PoolError, ValueError):
 
 
 class NotOwner(PoolError):
-    """The shard of the key is not owned by this node."""
+    """The shard of the key is not owned by this node. ``epoch``: of the newer owner that a host knows of; else 0."""
+
+    def __init__(self, message: str, epoch: int = 0) -> None:
+        super().__init__(message, epoch)
+        self.epoch = epoch
 
 
 def _strerror(errno: int) -> str:

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from time import monotonic
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from pool.errors import BackendClosed, CommandFailed, TurnFailed
 from pool.runtime import loop_thread, was_cancelled
@@ -50,6 +50,14 @@ class Capabilities:
     """How many callers may hold one backend at a time; None: any number."""
 
 
+class Claim(NamedTuple):
+    """Under which epoch this process owns a key. *owner_of*: what no two owners may have at a time."""
+
+    owner_of: str
+    epoch: int
+    """It grows with each new owner; 0: not the owner any more."""
+
+
 class Backend(ABC):
     """Something warm. Subclasses write `open` and `close`; the pool calls `connect`, `check` and `destroy`.
 
@@ -64,6 +72,8 @@ class Backend(ABC):
     pool: "BackendPoolManager[Any] | None" = None
     """Set by a pool before it connects. A kind that is built on another backend of its key borrows it there in `open`
     (``await self.pool.aacquire_backend(...)``), and releases it in `close`."""
+    claim: Callable[[], "Claim | None"] | None = None
+    """Set by a pool that has ``claim_for``, before it connects. A kind whose host can refuse older owners tells it."""
     pool_key: str = ""
     """The key that a pool connects it for, set by the pool before it connects; empty for one without a key."""
     open_clock: asyncio.Timeout | None = None

@@ -67,6 +67,8 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         self._stderr = HeadTail(4096)
         self._calls: dict[int, _Call] = {}
         self._number = 0
+        self.epoch = -1
+        """Under which it has claimed its root; -1: it has not."""
         self.how = ""
         """How the program ended, as the server tells; "" while it runs, and when the connection was lost."""
         self._closing = False

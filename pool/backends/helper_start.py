@@ -3,14 +3,16 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from hashlib import sha256
 from time import monotonic
 
 import asyncssh
 
+from pool.backends.base import Claim
 from pool.backends.channels import Channels
 from pool.backends.helper import Helper, NoHelper
 from pool.backends.helper_files import HelperFiles
-from pool.errors import BackendUnavailable, PoolError
+from pool.errors import BackendUnavailable, FileOperationFailed, NotOwner, PoolError
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,13 @@ class Launcher:
         lost: Callable[[Exception | None], PoolError],
         *,
         startup_files: bool,
+        claim: Callable[[], Claim | None] | None = None,
     ) -> None:
+        self._claim_of = claim
+        self._claiming = asyncio.Lock()
+        self._unfenced = False
+        self.root = ""
+        """Where commands run; set before the first one."""
         self._startup_files = startup_files
         self._connection, self._channels, self._where, self._mode, self._lost = connection, channels, where, mode, lost
         self._helper: Helper | None = None
@@ -70,8 +78,12 @@ class Launcher:
 
         Raises `BackendUnavailable` when there must be one and is none, or the connection is lost.
         """
-        if self.running is not None:
-            return self.running
+        helper = self.running or await self._started_helper()
+        if helper is not None and self._claim_of is not None and not self._unfenced:
+            await self._stand(helper, self._claim_of)
+        return helper
+
+    async def _started_helper(self) -> Helper | None:
         if self._mode == "channel" or (self._mode == "auto" and self._why_not()):
             return None
         try:
@@ -125,6 +137,35 @@ class Launcher:
             return
         logger.warning("%s: the helper ended (%s); starting another", self._where[0], helper.how)
         self._begin()
+
+    async def _stand(self, helper: Helper, claim_of: Callable[[], Claim | None]) -> None:
+        """Have the helper claim the root under the present epoch, if it has not: older owners are ended there.
+
+        Raises `NotOwner`. A host that cannot keep a fence does without, with a warning.
+        """
+        claim = claim_of()
+        if claim is None or claim.epoch == helper.epoch:
+            return
+        async with self._claiming:
+            if claim.epoch == helper.epoch:
+                return
+            if not claim.epoch:
+                raise NotOwner(f"this node does not own {claim.owner_of!r} any more")
+            scope = sha256(claim.owner_of.encode("utf-8", "surrogateescape")).hexdigest()[:32].encode()
+            root = self.root.encode("utf-8", "surrogateescape")
+            try:
+                answer = await helper.operate("claim", ".", root, scope, b"%d" % claim.epoch)
+            except FileOperationFailed as error:
+                self._unfenced = True
+                logger.warning("%s cannot keep older owners out of %r: %s", self._where[0], self.root, error)
+                return
+            if answer.result:
+                newer = int(answer.result)
+                text = (
+                    f"{self._where[0]}: a newer owner (epoch {newer}) has taken {self.root!r} over from {claim.epoch}"
+                )
+                raise NotOwner(text, newer)
+            helper.epoch = claim.epoch
 
     def close(self) -> None:
         """End the helper, and what it runs."""

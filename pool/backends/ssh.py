@@ -155,11 +155,18 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._files = RemoteFiles(self)
         where = (self.host, self.port, self.username)
         self._launcher = Launcher(
-            connection, self._channels, where, self.exec_mode, self.lost_error, startup_files=self._startup_files
+            connection,
+            self._channels,
+            where,
+            self.exec_mode,
+            self.lost_error,
+            startup_files=self._startup_files,
+            claim=self.claim,
         )
         try:
             root, _ = await asyncio.gather(self._make_root(connection), self._start_pulse(connection))
             self._login_shell, self.root = root
+            self._launcher.root = self.root
         except BaseException:
             self._connection = None
             self._stop_pulse()

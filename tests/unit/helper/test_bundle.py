@@ -113,7 +113,8 @@ def test_only_the_program_is_read():
 def pythons():
     """Every other Python of this machine, and this one."""
     found = [shutil.which(f"python3.{minor}") for minor in range(6, 20)]
-    works = [path for path in found if path and not subprocess.run([path, "-V"], capture_output=True).returncode]
+    ran = {path: subprocess.run([path, "-V"], capture_output=True, check=False).returncode for path in found if path}
+    works = [path for path, code in ran.items() if code == 0]
     return [sys.executable, *works]
 
 
