@@ -181,8 +181,11 @@ def test_a_host_that_cannot_keep_a_fence_does_without(rig, caplog):
 
 def test_a_pool_tells_its_backends_under_which_epoch(rig):
     """The key of each; none for a backend without a key."""
-    with BackendPoolManager(rig.backend, claim_for=lambda key: Claim(f"ns:{key}", 7)) as pool:
+    pool = BackendPoolManager(rig.backend, claim_for=lambda key: Claim(f"ns:{key}", 7))
+    try:
         with pool.backend("user-1") as backend:
             assert backend.claim() == Claim("ns:user-1", 7)
         with pool.backend(None) as backend:
             assert backend.claim is None
+    finally:
+        pool.destroy_all(0.0)
