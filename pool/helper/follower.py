@@ -16,6 +16,8 @@ class Follower:
 
     def __init__(self, number: int, request: durable.Request, keeper: int) -> None:
         self.number, self._request, self.child = number, request, keeper
+        self.failed = 0
+        """The error number with which the child ended, if it did."""
         self.credit = wire.WINDOW
         self.due = 0.0
         self._to_kill = False
@@ -59,7 +61,9 @@ class Follower:
         if self._keeper is None:
             told = durable.read(self._folder, b"keeper")
             if told is None:
-                return b"" if self.child else b"gone"
+                if self.child:
+                    return b""
+                return wire.join(b"os", b"%d" % self.failed, b"/bin/sh") if self.failed else b"gone"
             self._keeper = durable.KeptBy(told)
             if self._keeper.digest != self._request.digest:
                 return b"another"

@@ -24,6 +24,8 @@ def keep(request: durable.Request, env: "dict[bytes, bytes]") -> int:
         os.setsid()
         _forget()
         code = _keep(request, env)
+    except OSError as error:  # the helper tells it: there may be no room to write it down
+        code = error.errno or 1
     finally:
         os._exit(code)
 

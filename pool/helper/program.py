@@ -337,7 +337,7 @@ class Helper:
                 return
             command = self._by_pid.pop(pid, None)
             if command is None:
-                self._reaped_keeper(pid)
+                self._reaped_keeper(pid, status)
             else:
                 command.reaped(status, usage)
                 for descriptor in list(command.outputs):  # its last words are there, or will be told by poll
@@ -407,12 +407,13 @@ class Helper:
                 del self._followers[one.number]
                 one.close()
 
-    def _reaped_keeper(self, pid: int) -> None:
+    def _reaped_keeper(self, pid: int, status: int) -> None:
         """A keeper has ended, or it was none: another one keeps the command."""
         self._orphans.spared.discard(pid)
         for one in self._followers.values():
             if one.child == pid:
                 one.child = 0
+                one.failed = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
                 one.hurry()
 
     # -- files, and the rest

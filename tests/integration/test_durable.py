@@ -11,7 +11,15 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from pool.errors import BackendUnavailable, CommandFailed, CommandLost, CommandTimeout, ConfigError, FileMissing
+from pool.errors import (
+    BackendUnavailable,
+    CommandFailed,
+    CommandLost,
+    CommandTimeout,
+    ConfigError,
+    FileMissing,
+    FileOperationFailed,
+)
 from pool.loopback_sshd import LoopbackSshd
 from tests.support.leaks import no_leaks
 from tests.support.openssh import OpenSshd, sshd_binary
@@ -321,3 +329,14 @@ def test_the_helper_is_killed_and_the_command_stays(rig, server):
     assert backend.exec(STEPS, durable="task-1", check=False).stdout == "one\ntwo\n"
     wait_gone(pid)
     assert (rig.root / "ran").read_text() == "once\n"
+
+
+def test_a_folder_that_cannot_be_made_is_no_lost_command(rig):
+    """The reason is told, and when it is gone the same name works."""
+    backend = rig.backend()
+    (rig.root / ".pool").mkdir()
+    (rig.root / ".pool" / "durable").write_text("in the way")
+    with pytest.raises(FileOperationFailed, match="start of"):
+        backend.exec("echo in", durable="task-1")
+    (rig.root / ".pool" / "durable").unlink()
+    assert backend.exec("echo in", durable="task-1").stdout == "in\n"
