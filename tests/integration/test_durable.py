@@ -334,9 +334,8 @@ def test_the_helper_is_killed_and_the_command_stays(rig, server):
 def test_a_folder_that_cannot_be_made_is_no_lost_command(rig):
     """The reason is told, and when it is gone the same name works."""
     backend = rig.backend()
-    (rig.root / ".pool").mkdir()
-    (rig.root / ".pool" / "durable").write_text("in the way")
+    backend.write(".pool/durable", "in the way")
     with pytest.raises(FileOperationFailed, match="start of"):
         backend.exec("echo in", durable="task-1")
-    (rig.root / ".pool" / "durable").unlink()
+    backend.rm(".pool/durable")
     assert backend.exec("echo in", durable="task-1").stdout == "in\n"
