@@ -23,7 +23,7 @@ from pool.keys import SHARED, check_key, shown
 from pool.lifecycle import Lifecycle
 from pool.observer import Observer
 from pool.runtime import fork_count, loop_thread
-from pool.snapshot import BackendInfo, infos_of, stats_of, step_of
+from pool.snapshot import BackendInfo, idle_keys_of, infos_of, stats_of, step_of
 from pool.stats import PoolStats
 
 R = TypeVar("R")
@@ -132,7 +132,8 @@ class BackendPoolManager(Generic[B]):
 
     def _warm(self, key: str | None, agent: str | None, override: dict[str, Any] | None) -> Entry | None:
         """Take an entry that is ready, if there is one; without leaving the calling thread."""
-        self._refuse_fork()
+        if self._fork != fork_count():
+            self._refuse_fork()
         if not isinstance(key, str):
             return None
         with self._lock:
@@ -219,13 +220,13 @@ class BackendPoolManager(Generic[B]):
     def _release(self, entry: Entry) -> None:
         if self._fork != fork_count():
             return  # the parent, which is still using it, will give it back
-        effects: Effects = []
         with self._lock:
-            self._life.release(entry, monotonic(), effects)
+            if self._life.release_warm(entry, monotonic()):
+                return
+        with self._deciding() as (now, effects):
+            self._life.release(entry, now, effects)
             if self._life.shut:
                 self._quiet.notify_all()
-        if effects:
-            self._carry_out(effects)
 
     # -- carrying decisions out
 
@@ -433,7 +434,7 @@ class BackendPoolManager(Generic[B]):
         """Return the keys all of whose backends have been idle for *idle_for* seconds."""
         self._refuse_fork()
         with self._lock:
-            return [key for key in self._life.idle_keys(monotonic() - idle_for) if key != SHARED]
+            return [key for key in idle_keys_of(self._life, monotonic() - idle_for) if key != SHARED]
 
     def start_reaper(self) -> None:
         """Sweep every ``cleanup_interval`` seconds. Called by the first acquire unless periodic cleanup is off."""
