@@ -132,14 +132,16 @@ class BackendPoolManager(Generic[B]):
 
     def _warm(self, key: str | None, agent: str | None, override: dict[str, Any] | None) -> Entry | None:
         """Take an entry that is ready, if there is one; without leaving the calling thread."""
-        if self._fork != fork_count():
-            self._refuse_fork()
+        self._refuse_fork()
         if not isinstance(key, str):
             return None
         with self._lock:
             entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
         if entry is not None and self._hears_acquires:
-            self._say(self.observer.acquired, key, entry.identity[1], 0.0, warm=True)
+            try:  # as `_say`, which costs as much as a listener does
+                self.observer.acquired(key, entry.identity[1], 0.0, warm=True)
+            except Exception:
+                logger.exception("an observer of the pool failed")
         return entry
 
     def backend(
@@ -481,8 +483,7 @@ class BackendPoolManager(Generic[B]):
             rest = self._life.close_rest(monotonic(), effects)
         if busy := [entry for entry in rest if entry.users]:
             logger.warning("closing %d backends that are still in use after %g s", len(busy), grace)
-        loop = loop_thread().loop
-        loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._preparing])
+        loop_thread().loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._preparing])
         self._carry_out(effects)
         with self._lock:
             self._quiet.wait_for(lambda: not self._life.groups.closing, self._life.config.close_timeout + 1)
