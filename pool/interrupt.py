@@ -7,7 +7,7 @@ command's process group, as every cancel does) and raises the interrupt's error 
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Self
@@ -53,20 +53,19 @@ class Interrupt:
                 self._error = None
         raise error
 
-    @contextlib.contextmanager
-    def waiting(self, wake: Callable[[], object]) -> Iterator[None]:
-        """Have *wake* called, at most once, by an interrupt that comes inside of the block."""
+    def begin_wait(self, wake: Callable[[], object]) -> None:
+        """Have *wake* called, at most once, by an interrupt that comes until `end_wait`."""
         self.check()
         with self._lock:
             self._waits.append(wake)
             late = self._error is not None
         if late:
             wake()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._waits.remove(wake)
+
+    def end_wait(self, wake: Callable[[], object]) -> None:
+        """The wait is over."""
+        with self._lock:
+            self._waits.remove(wake)
 
     def __enter__(self) -> Self:
         self._token = _CURRENT.set(self)
@@ -76,27 +75,39 @@ class Interrupt:
         _CURRENT.reset(self._token)
 
 
-@contextlib.contextmanager
-def interruptible(wake: Callable[[], object]) -> Iterator[None]:
+class _Door:
+    """A wait that an interrupt ends. No generator: every command and every file operation comes through here."""
+
+    __slots__ = ("_interrupt", "_wake")
+
+    def __init__(self, interrupt: Interrupt, wake: Callable[[], object]) -> None:
+        self._interrupt = interrupt
+        self._wake = wake
+
+    def __enter__(self) -> None:
+        self._interrupt.begin_wait(self._wake)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._interrupt.end_wait(self._wake)
+        if isinstance(error, Exception):
+            try:
+                self._interrupt.check()
+            except BaseException as interrupted:
+                if interrupted is not error:
+                    raise interrupted from error
+
+
+_OPEN = contextlib.nullcontext()
+
+
+def interruptible(wake: Callable[[], object]) -> contextlib.AbstractContextManager[None]:
     """Wait inside of this block: an interrupt of the current task calls *wake*, and is raised at the end of the block.
 
     What *wake* made the block raise gives way to the interrupt's error; a result that came all the same is kept, and
     the next door raises.
     """
     interrupt = _CURRENT.get()
-    if interrupt is None:
-        yield
-        return
-    with interrupt.waiting(wake):
-        try:
-            yield
-        except Exception as error:
-            try:
-                interrupt.check()
-            except BaseException as interrupted:
-                if interrupted is not error:
-                    raise interrupted from error
-            raise
+    return _OPEN if interrupt is None else _Door(interrupt, wake)
 
 
 def check_interrupt() -> None:

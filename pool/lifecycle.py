@@ -58,7 +58,8 @@ class Lifecycle:
             or (entry.max_users is not None and entry.users >= entry.max_users)
         ):
             return None
-        entry.apply("acquire")
+        entry.state = "busy"  # by `TRANSITIONS`: `Entry.apply` would look it up
+        entry.history.append("acquire")
         entry.users += 1
         entry.uses += 1
         self.counters.hits += 1
@@ -70,9 +71,7 @@ class Lifecycle:
             raise BackendClosed("the pool is closed")
         if waiter.pooled:
             entry = self.entries.get(waiter.identity)
-            if entry is not None and self._stale(entry, waiter, now, effects):
-                entry = None
-            if entry is not None:
+            if entry is not None and not self._stale(entry, waiter, now, effects):
                 self._join(entry, waiter, now, effects)
                 return
             if (error := self.failed.fresh(waiter.identity, waiter.config, now)) is not None:
@@ -199,23 +198,36 @@ class Lifecycle:
 
     # -- release and service
 
+    def release_warm(self, entry: Entry, now: float) -> bool:
+        """One user is done, and nothing follows from it; False: `release` then sees to what does. The hot path."""
+        if entry.state != "busy" or not entry.pooled or now >= entry.expires or self.shut:
+            return False
+        if entry.waiters or self.room.lines:
+            return False
+        entry.users -= 1
+        if entry.users:
+            entry.history.append("release")
+            return True
+        entry.state = "idle"  # by `TRANSITIONS`, as above
+        entry.history.append("last_release")
+        entry.idle_since = now
+        self.idle[entry] = None
+        return True
+
     def release(self, entry: Entry, now: float, effects: Effects) -> None:
         """One user is done. An entry without users becomes idle, serves who waits, or is closed."""
+        if self.release_warm(entry, now):
+            return
         entry.users -= 1
         if entry.state == "closed":  # it was closed under its user
             return
-        if entry.users:
-            entry.apply("release")
-        else:
-            entry.apply("last_release")
-            if entry.state == "idle":
-                entry.idle_since = now
-                self.idle[entry] = None
+        entry.apply("release" if entry.users else "last_release")
+        if entry.state == "idle":
+            entry.idle_since = now
+            self.idle[entry] = None
         if entry.waiters and entry.state != "retired" and not entry.backend.usable:
             self._send_on(entry, now, effects)
-        finished = entry.state == "retired" or not entry.pooled or now >= entry.expires
-        if finished or entry.waiters or self.room.lines or self.shut:
-            self._settle(entry, now, effects)
+        self._settle(entry, now, effects)
 
     def _settle(self, entry: Entry, now: float, effects: Effects) -> None:
         """After a release or a connect: serve the entry's waiters, close it if it is finished, then fill the room."""
@@ -463,17 +475,6 @@ class Lifecycle:
         return rest
 
     # -- looking
-
-    def idle_keys(self, since: float) -> list[str]:
-        """Primaries all of whose backends have been idle since *since* or longer."""
-        old: set[str] = set()
-        for entry in self.idle:  # longest idle first
-            if entry.idle_since > since:
-                break
-            old.add(entry.identity[0])
-        if old:
-            old -= {i[0] for i, entry in self.entries.items() if entry.state != "idle" or entry.idle_since > since}
-        return sorted(old)
 
     @property
     def live(self) -> list[Entry]:

@@ -23,7 +23,7 @@ from pool.keys import SHARED, check_key, shown
 from pool.lifecycle import Lifecycle
 from pool.observer import Observer
 from pool.runtime import fork_count, loop_thread
-from pool.snapshot import BackendInfo, infos_of, stats_of, step_of
+from pool.snapshot import BackendInfo, idle_keys_of, infos_of, stats_of, step_of
 from pool.stats import PoolStats
 
 R = TypeVar("R")
@@ -142,7 +142,10 @@ class BackendPoolManager(Generic[B]):
         with self._lock:
             entry = self._life.acquire_warm((key, agent or DEFAULT_AGENT), override, monotonic())
         if entry is not None and self._hears_acquires:
-            self._say(self.observer.acquired, key, entry.identity[1], 0.0, warm=True)
+            try:  # as `_say`, which costs as much as a listener does
+                self.observer.acquired(key, entry.identity[1], 0.0, warm=True)
+            except Exception:
+                logger.exception("an observer of the pool failed")
         return entry
 
     def backend(
@@ -223,13 +226,13 @@ class BackendPoolManager(Generic[B]):
     def _release(self, entry: Entry) -> None:
         if self._fork != fork_count():
             return  # the parent, which is still using it, will give it back
-        effects: Effects = []
         with self._lock:
-            self._life.release(entry, monotonic(), effects)
+            if self._life.release_warm(entry, monotonic()):
+                return
+        with self._deciding() as (now, effects):
+            self._life.release(entry, now, effects)
             if self._life.shut:
                 self._quiet.notify_all()
-        if effects:
-            self._carry_out(effects)
 
     # -- carrying decisions out
 
@@ -437,7 +440,7 @@ class BackendPoolManager(Generic[B]):
         """Return the keys all of whose backends have been idle for *idle_for* seconds."""
         self._refuse_fork()
         with self._lock:
-            return [key for key in self._life.idle_keys(monotonic() - idle_for) if key != SHARED]
+            return [key for key in idle_keys_of(self._life, monotonic() - idle_for) if key != SHARED]
 
     def start_reaper(self) -> None:
         """Sweep every ``cleanup_interval`` seconds. Called by the first acquire unless periodic cleanup is off."""
@@ -484,8 +487,7 @@ class BackendPoolManager(Generic[B]):
             rest = self._life.close_rest(monotonic(), effects)
         if busy := [entry for entry in rest if entry.users]:
             logger.warning("closing %d backends that are still in use after %g s", len(busy), grace)
-        loop = loop_thread().loop
-        loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._preparing])
+        loop_thread().loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._preparing])
         self._carry_out(effects)
         with self._lock:
             self._quiet.wait_for(lambda: not self._life.groups.closing, self._life.config.close_timeout + 1)

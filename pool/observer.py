@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 logger = logging.getLogger("pool.steps")
 
+FAILED = "an observer of the pool failed: %s"
+
 StepName = Literal["created", "failed", "evicted", "retired", "closed"]
 
 
@@ -65,7 +67,11 @@ class Observers(Observer):
         self._tell(self._step, step)
 
     def acquired(self, key: str, agent: str, seconds: float, *, warm: bool, error: str = "") -> None:
-        self._tell(self._acquired, key, agent, seconds, warm=warm, error=error)
+        for acquired in self._acquired:  # as `_tell`, which costs as much as a listener does: the hot path
+            try:
+                acquired(key, agent, seconds, warm=warm, error=error)
+            except Exception:
+                logger.exception(FAILED, getattr(acquired, "__qualname__", acquired))
 
     def connected(self, key: str, agent: str, kind: str, seconds: float, error: str = "") -> None:
         self._tell(self._connected, key, agent, kind, seconds, error)
@@ -79,4 +85,4 @@ class Observers(Observer):
             try:
                 method(*what, **more)
             except Exception:
-                logger.exception("an observer of the pool failed: %s", getattr(method, "__qualname__", method))
+                logger.exception(FAILED, getattr(method, "__qualname__", method))

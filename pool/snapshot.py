@@ -69,6 +69,18 @@ def stats_of(life: Lifecycle, now: float) -> PoolStats:
     )
 
 
+def idle_keys_of(life: Lifecycle, since: float) -> list[str]:
+    """Primaries all of whose backends have been idle since *since* or longer."""
+    old: set[str] = set()
+    for entry in life.idle:  # longest idle first
+        if entry.idle_since > since:
+            break
+        old.add(entry.identity[0])
+    if old:
+        old -= {i[0] for i, entry in life.entries.items() if entry.state != "idle" or entry.idle_since > since}
+    return sorted(old)
+
+
 def infos_of(life: Lifecycle, now: float, key: str | None = None) -> list[BackendInfo]:
     """Describe each live backend, of one key or of all."""
     return [info_of(entry, now) for entry in life.live if key is None or (entry.pooled and entry.identity[0] == key)]

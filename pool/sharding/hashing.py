@@ -1,5 +1,6 @@
 """key -> shard -> queue. Any language can compute it: see ``docs/routing.md`` for the steps and test vectors."""
 
+from functools import lru_cache
 from hashlib import sha256
 
 
@@ -21,6 +22,7 @@ def jump_hash(value: int, buckets: int) -> int:
     return bucket
 
 
+@lru_cache(maxsize=4096)  # a task asks several times, and its key is mostly one of the last
 def shard_of(key: str, shards: int) -> int:
     """Return the shard of *key*, from 0 to *shards* - 1."""
     return jump_hash(key_hash(key), shards)

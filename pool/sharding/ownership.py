@@ -7,8 +7,6 @@ so a child knows without asking, even while its parent is stopped.
 import mmap
 import time
 
-from pool.sharding.hashing import shard_of
-
 FOREVER = float("inf")
 
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -34,10 +32,6 @@ class Ownership:
     def owns(self, shard: int) -> bool:
         """Whether a task of *shard* may work now."""
         return bool(self._epochs[shard]) and now() < self._times[0]
-
-    def owns_key(self, key: str) -> bool:
-        """Whether a task of *key* may work now."""
-        return self.owns(shard_of(key, self.shards))
 
     def epoch(self, shard: int) -> int:
         """The epoch under which *shard* is held: it grows with each new owner. 0: not held."""

@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery.exceptions import Ignore, Reject, Retry
 
@@ -74,17 +74,37 @@ class Run:
 
     def told(self) -> dict[str, Any]:
         """Describe it, for people."""
-        told = {
-            "task_id": self.task_id,
-            "name": self.task.name,
-            "key": self.key,
-            "started": round(self.started, 3),
-            "seconds": round(self.seconds, 3),
-            "agent": self.agent,
-            "bytes": self.bytes,
-            "lines": self.lines,
-        }
-        return told if self.ended is None else {**told, "state": self.state, "ended": round(time(), 3)}
+        told = self.past().told()
+        if self.ended is None:
+            del told["state"], told["ended"]
+        return told
+
+    def past(self) -> "Past":
+        """Return what is remembered of it if it has just ended."""
+        return Past(
+            self.task_id, self.task.name, self.key, self.started, self.seconds,
+            self.agent, self.bytes, self.lines, self.state, time(),
+        )  # fmt: skip
+
+
+class Past(NamedTuple):
+    """What is remembered of a run; not the run itself, which has hold of the task's arguments."""
+
+    task_id: str
+    name: str
+    key: str | None
+    started: float
+    seconds: float
+    agent: str | None
+    bytes: int
+    lines: int
+    state: str
+    ended: float
+
+    def told(self) -> dict[str, Any]:
+        """Describe it, for people; made when they ask, not by each task."""
+        rounded = {name: round(getattr(self, name), 3) for name in ("started", "seconds", "ended")}
+        return {**self._asdict(), **rounded}
 
 
 class Running:
@@ -98,7 +118,7 @@ class Running:
         self._limits = limits
         self._lock = threading.Lock()
         self._runs: dict[str, Run] = {}
-        self._last: OrderedDict[str, deque[dict[str, Any]]] = OrderedDict()
+        self._last: OrderedDict[str, deque[Past]] = OrderedDict()
         self._progress = Progress(self.runs)
 
     @contextmanager
@@ -127,10 +147,11 @@ class Running:
 
     def _end(self, run: Run, state: str, exit_code: int | None) -> None:
         run.end(state, exit_code)
+        past = run.past()
         with self._lock:
             self._runs.pop(run.task_id, None)
             if run.key is not None:
-                self._last.setdefault(run.key, deque(maxlen=LAST)).appendleft(run.told())
+                self._last.setdefault(run.key, deque(maxlen=LAST)).appendleft(past)
                 self._last.move_to_end(run.key)
                 if len(self._last) > REMEMBERED:
                     self._last.popitem(last=False)
@@ -159,7 +180,8 @@ class Running:
     def last(self, key: str | None = None) -> dict[str, list[dict[str, Any]]]:
         """Describe the last runs that have ended, newest first, of one key or of all."""
         with self._lock:
-            return {each: list(runs) for each, runs in self._last.items() if key is None or each == key}
+            last = {each: list(runs) for each, runs in self._last.items() if key is None or each == key}
+        return {each: [past.told() for past in runs] for each, runs in last.items()}
 
 
 def _state_after(error: BaseException) -> str:

@@ -1,10 +1,9 @@
 """`PooledTask`: base class of tasks that have a key."""
 
-import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery import Task, signals
 from celery.exceptions import Ignore, Reject
@@ -74,7 +73,7 @@ class PooledTask(Task):
     def on_bound(cls, app: Any) -> None:
         """Check at start that the arguments exist. Raises `ConfigError`."""
         super().on_bound(app)
-        known = list(_parameters(cls))
+        known = list(_arguments(cls))
         named = [("key", cls.key), ("shard", cls.shard), *(("secrets", name) for name in cls.secrets)]
         for field, name in named:
             if name is not None and name not in known:
@@ -94,13 +93,10 @@ class PooledTask(Task):
     def _argument(self, name: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if name in kwargs:
             return kwargs[name]
-        parameters = _parameters(type(self))
-        position = list(parameters).index(name)
-        by_position = parameters[name].kind in (_Parameter.POSITIONAL_ONLY, _Parameter.POSITIONAL_OR_KEYWORD)
-        if by_position and position < len(args):
+        position, default = _arguments(type(self))[name]
+        if position is not None and position < len(args):
             return args[position]
-        default = parameters[name].default
-        if default is inspect.Parameter.empty:
+        if default is _Parameter.empty:
             raise InvalidKey(
                 f"task {self.name} needs its argument {name!r}: it is the {'key' if self.key else 'shard'}"
             )
@@ -109,13 +105,15 @@ class PooledTask(Task):
     @property
     def pool_key(self) -> str:
         """The key of the message that is being worked on. Raises `InvalidKey`."""
-        request = self.request
+        return self._key_of(self.request)
+
+    def _key_of(self, request: Any) -> str:
         key = self.key_argument(request.args or (), request.kwargs or {})
         return check_key(request.get(KEY_HEADER) if key is None else key)
 
     def masked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Return the arguments as they may be shown; None: as they are, there is no secret among them."""
-        return masked(self.secrets, list(_parameters(type(self))), args, kwargs) if self.secrets else None
+        return masked(self.secrets, list(_arguments(type(self))), args, kwargs) if self.secrets else None
 
     # -- the backend
 
@@ -138,16 +136,16 @@ class PooledTask(Task):
         Raises `NotOwner` when this node does not own the key's shard (any more), and what
         `BackendPoolManager.acquire_backend` raises.
         """
-        key = self.pool_key
-        self._check_owner(key)
+        request, extension = self.request, self._extension
+        key = self._key_of(request)
+        shard = self._owned_shard(key, request, extension)
         if agent is not None:
-            self._extension.running.uses(str(self.request.id), agent)
-        borrowed: Borrowed[Any] = self.pool.acquire_backend(key, agent, config)
-        try:
-            self._check_owner(key)  # again: a backend that was made after the shard was dropped is nobody's to close
-        except NotOwner:
+            extension.running.uses(str(request.id), agent)
+        borrowed: Borrowed[Any] = extension.pool.acquire_backend(key, agent, config)
+        # Again: a backend that was made after the shard was dropped is nobody's to close.
+        if shard is not None and not extension.ownership.owns(shard):
             borrowed.release()
-            raise
+            raise _not_owner(key, extension)
         return borrowed
 
     def chat(self, agent: str) -> AbstractContextManager["ChatTurn"]:
@@ -161,18 +159,20 @@ class PooledTask(Task):
         )
         return turn
 
-    def _check_owner(self, key: str) -> None:
-        if self.request.is_eager or self.request.called_directly:
-            return
-        extension = self._extension
-        if not extension.ownership.owns_key(key):
-            raise NotOwner(f"key {key!r} belongs to {extension.queue_for(key)}, which this node does not own")
-        came_by = extension.router.shard_in(self.request.delivery_info)
-        if came_by not in (None, shard_of(key, extension.settings.shards)):
+    def _owned_shard(self, key: str, request: Any, extension: Any) -> int | None:
+        """The key's shard, which this node owns; None: the task runs outside of a worker. Raises `NotOwner`."""
+        if request.is_eager or request.called_directly:
+            return None
+        shard = shard_of(key, extension.settings.shards)
+        if not extension.ownership.owns(shard):
+            raise _not_owner(key, extension)
+        came_by = extension.router.shard_in(request.delivery_info)
+        if came_by not in (None, shard):
             raise NotOwner(
                 f"key {key!r} belongs to {extension.queue_for(key)}, but came by shard {came_by}: does its producer"
                 f" count other than {extension.settings.shards} shards?"
             )
+        return shard
 
     @property
     def backend(self) -> Any:
@@ -180,15 +180,20 @@ class PooledTask(Task):
 
         Celery keeps its result backend under this very name; everything but the call is passed on to that.
         """
-        return _BackendDoor(self, super().backend)
+        return _BackendDoor(self)
 
     @backend.setter
     def backend(self, value: Any) -> None:
         self._backend = value
 
+    @property
+    def result_backend(self) -> Any:
+        """Celery's result backend itself."""
+        return super().backend
+
     def AsyncResult(self, task_id: str, **kwargs: Any) -> Any:  # noqa: N802 - Celery's name
         """As Celery's, on the result backend itself."""
-        return self.app.AsyncResult(task_id, backend=super().backend, task_name=self.name, **kwargs)
+        return self.app.AsyncResult(task_id, backend=self.result_backend, task_name=self.name, **kwargs)
 
     # -- running
 
@@ -204,18 +209,17 @@ class PooledTask(Task):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task's code; decide what a backend that is not there means for the message."""
-        if self.request.called_directly:  # as a plain function: Celery gives it a request of its own
+        request = self.request
+        if request.called_directly:  # as a plain function: Celery gives it a request of its own
             return super().__call__(*args, **kwargs)
-        if self.request.is_eager:
+        if request.is_eager:
             return self._run(args, kwargs)
-        with self._extension.running.task(self, self._key_if_any):
+        try:
+            key = None if self.shard else self._key_of(request)
+        except InvalidKey:  # it is told when the task asks for its backend
+            key = None
+        with self._extension.running.task(self, key):
             return self._run(args, kwargs)
-
-    @property
-    def _key_if_any(self) -> str | None:
-        with contextlib.suppress(InvalidKey):  # it is told when the task asks for its backend
-            return None if self.shard else self.pool_key
-        return None
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -235,7 +239,7 @@ class PooledTask(Task):
     def _revoked(self, reason: str) -> None:
         """Store and tell what Celery does of a task that it terminates."""
         request = self.request
-        super().backend.mark_as_revoked(request.id, reason, request=request, store_result=not request.ignore_result)
+        self.result_backend.mark_as_revoked(request.id, reason, request=request, store_result=not request.ignore_result)
         self.send_event("task-revoked", terminated=True, signum=None, expired=False)
         signals.task_revoked.send(sender=self, request=request, terminated=True, signum=None, expired=False)
 
@@ -251,11 +255,10 @@ class PooledTask(Task):
 class _BackendDoor:
     """Celery's result backend of a task, which can also be called to borrow the key's backend."""
 
-    __slots__ = ("_result_backend", "_task")
+    __slots__ = ("_task",)
 
-    def __init__(self, task: PooledTask, result_backend: Any) -> None:
+    def __init__(self, task: PooledTask) -> None:
         self._task = task
-        self._result_backend = result_backend
 
     def __call__(
         self, agent: str | None = None, config: Mapping[str, Any] | None = None
@@ -263,19 +266,35 @@ class _BackendDoor:
         return Borrowing(self._task.acquire_backend, (agent, config))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._result_backend, name)
+        return getattr(self._task.result_backend, name)
 
     def __reduce__(self) -> Any:
-        return self._result_backend.__reduce__()
+        return self._task.result_backend.__reduce__()
 
 
-def _parameters(task: type[PooledTask]) -> dict[str, inspect.Parameter]:
+def _not_owner(key: str, extension: Any) -> NotOwner:
+    return NotOwner(f"key {key!r} belongs to {extension.queue_for(key)}, which this node does not own")
+
+
+class _Argument(NamedTuple):
+    """A parameter of a task's function."""
+
+    position: int | None
+    """None: it is given by name only."""
+    default: Any
+
+
+def _arguments(task: type[PooledTask]) -> dict[str, _Argument]:
     """The task function's parameters by name, in order, without ``self``; looked up once per task."""
-    cached: dict[str, inspect.Parameter] | None = task.__dict__.get("_pool_parameters")
+    cached: dict[str, _Argument] | None = task.__dict__.get("_pool_arguments")
     if cached is None:
-        found = list(inspect.signature(task.run).parameters.items())
+        found = list(inspect.signature(task.run).parameters.values())
         if not isinstance(inspect.getattr_static(task, "run"), staticmethod):
             found = found[1:]
-        cached = dict(found)
-        task._pool_parameters = cached
+        by_position = (_Parameter.POSITIONAL_ONLY, _Parameter.POSITIONAL_OR_KEYWORD)
+        cached = {
+            each.name: _Argument(position if each.kind in by_position else None, each.default)
+            for position, each in enumerate(found)
+        }
+        task._pool_arguments = cached
     return cached

@@ -46,6 +46,52 @@ def test_an_illegal_transition_shows_the_history():
     assert message.endswith("before: connected acquire last_release close")
 
 
+def test_the_hot_path_follows_the_table():
+    """What `acquire_warm` and `release_warm` write down themselves is what the table and its history say."""
+    world = World()
+    world.ask()
+    (entry,) = world.connect()
+    world.life.release(entry, world.now, world.effects)
+    entry.history.clear()
+    state = "idle"
+    calls = [("acquire", True), ("acquire", True), ("release", False), ("last_release", False)]
+    for event, borrows in calls:
+        if borrows:
+            assert world.life.acquire_warm(("a", "x"), None, world.now) is entry
+        else:
+            assert world.life.release_warm(entry, world.now)
+        world.life.check_invariants()
+        state = TRANSITIONS[state][event]
+        assert entry.state == state
+    assert list(entry.history) == [event for event, _ in calls]
+
+
+@pytest.mark.parametrize("what", ["retired", "closed", "lifetime", "turn", "room", "keyless", "shut"])
+def test_a_release_that_has_consequences_leaves_the_hot_path(what):
+    """`release_warm` changes nothing then, and `release` does what follows."""
+    world = World(max_lifetime=100.0, max_backends=1)
+    entry = world.hold(None if what == "keyless" else "a", Thing(max_users=1))
+    match what:
+        case "retired":
+            world.life.close_key("a", world.now, world.effects)
+        case "closed":
+            world.life.expel("a".__eq__, world.now, world.effects)
+        case "lifetime":
+            world.now += 200.0
+        case "turn":
+            world.ask()
+        case "room":
+            world.ask("b")
+        case "shut":
+            world.life.shutdown(world.now, world.effects)
+    before = (entry.state, entry.users, list(entry.history))
+    assert not world.life.release_warm(entry, world.now)
+    assert (entry.state, entry.users, list(entry.history)) == before
+    world.life.release(entry, world.now, world.effects)
+    world.life.check_invariants()
+    assert entry.state == ("busy" if what == "turn" else "closed")
+
+
 # -- connecting
 
 

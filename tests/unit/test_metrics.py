@@ -14,6 +14,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from pool import BackendPoolManager, MemoryBackend
 from pool.metric_families import MAX_SERIES, Tally
 from pool.metrics import LAG_WINDOW, LoopLag, NodeMetrics, PoolMetrics, merge
 from pool.observer import Observer, Observers, Step
@@ -290,6 +291,17 @@ def test_a_broken_observer_keeps_nothing_from_the_others(caplog: pytest.LogCaptu
     assert shown["backend_pool_warm_hits_total"] == 1
     assert shown['backend_pool_exec_seconds_count{kind="ssh",outcome="failed"}'] == 1
     assert caplog.text.count("an observer of the pool failed") == 20
+
+
+def test_a_broken_observer_keeps_no_backend_from_its_user(caplog: pytest.LogCaptureFixture) -> None:
+    """Cold or warm; the backend is given back as ever."""
+    pool = BackendPoolManager(MemoryBackend, observer=Broken())
+    for warm in (False, True):
+        with pool.acquire_backend("a") as borrowed:
+            assert borrowed.warm == warm
+    assert pool.get_stats().active_backends == 0
+    assert caplog.text.count("an observer of the pool failed") == 4  # created, connected, acquired twice
+    pool.destroy_all(grace=0)
 
 
 # -- the optional dependency

@@ -34,8 +34,6 @@ def test_a_shard_is_owned_while_it_is_held_and_trusted(board):
     assert not board.owns(1)
     board.hold(1, 7)
     assert board.owns(1)
-    assert board.owns_key(MINE)
-    assert not board.owns_key(OTHER)
     assert (board.epoch(1), board.epoch(2), board.count) == (7, 0, 1)
     board.trust(now() - 1)
     assert not board.owns(1)

@@ -1,6 +1,8 @@
 """The tasks that run in a process: their ends, their progress, what is remembered of them, their time limits."""
 
+import gc
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +90,37 @@ def test_what_is_remembered_has_its_bounds(monkeypatch):
     last = here.last()
     assert sorted(last) == ["u0", "u1", "u3"]
     assert [run["task_id"] for run in last["u0"]] == ["t19", "t18", "t17", "t16", "t15"]
+
+
+def test_a_run_is_described_the_same_way_while_it_runs_and_afterwards():
+    """Then with how and when it ended; a time is in seconds with three digits."""
+    here = Running()
+    with here.task(task(), "u1") as run:
+        here.uses("t1", "codex")
+        TAP.get()("stdout", b"one\n")
+        told = run.told()
+    ((last,),) = here.last().values()
+    assert set(last) - set(told) == {"state", "ended"}
+    assert {**last, "seconds": told["seconds"]} == {**told, "state": "SUCCESS", "ended": last["ended"]}
+    assert (told["name"], told["agent"], told["bytes"], told["lines"]) == ("a.task", "codex", 4, 1)
+    assert all(value == round(value, 3) for value in last.values() if isinstance(value, float))
+
+
+def test_nothing_keeps_hold_of_the_request_of_a_run_that_has_ended():
+    """It has the task's arguments, and a thousand keys are remembered."""
+
+    class Request(SimpleNamespace):
+        pass
+
+    here, one = Running(), task()
+    one.request = Request(**vars(one.request))
+    gone = weakref.ref(one.request)
+    with here.task(one, "u1"):
+        pass
+    del one
+    gc.collect()
+    assert here.last("u1")
+    assert gone() is None
 
 
 def test_a_cancel_reaches_the_run_of_that_id_and_no_other():

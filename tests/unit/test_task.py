@@ -308,6 +308,32 @@ def test_a_task_that_came_by_another_shard_fails_where_it_is_told(app):
         task.acquire_backend()
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs", "key"),
+    [((1, "u1"), {}, "u1"), ((1,), {"user": "u2"}, "u2"), ((1,), {}, "u3"), ((), {}, "u3")],
+)
+def test_the_key_is_found_however_its_argument_is_passed(args, kwargs, key, app):
+    """By position, by name or by default."""
+
+    def task(self: Any, n: int = 0, user: str = "u3") -> None:
+        """Its key is its second argument."""
+
+    keyed = app.task(shared=False, base=PooledTask, bind=True, key="user", name="t.second")(task)
+    assert keyed.key_argument(args, kwargs) == key
+
+
+def test_what_is_left_over_for_an_argument_by_name_is_no_key(app):
+    """What ``*rest`` takes is not the argument after it."""
+
+    def task(self: Any, n: int, *rest: str, user: str) -> None:
+        """Its key is given by name only."""
+
+    keyed = app.task(shared=False, base=PooledTask, bind=True, key="user", name="t.named")(task)
+    assert keyed.key_argument((1, "u1", "u2"), {"user": "u3"}) == "u3"
+    with pytest.raises(InvalidKey, match="needs its argument 'user'"):
+        keyed.key_argument((1, "u1", "u2"), {})
+
+
 def test_a_backend_is_given_back_if_the_shard_was_lost_meanwhile(app, monkeypatch):
     """Connecting takes time; nobody would close what is made after the others were."""
     task = make(app, lambda self: None)
