@@ -26,6 +26,8 @@ NAMES = (
     "exec_peers",
     "exec_latency",
     "files_peers",
+    "concurrent",
+    "output_rate",
     "affinity",
     "warm_build",
     "live_output",

@@ -4,6 +4,7 @@
 other peers have. `AgentBackendNode` is told to use plain SSH, and so meets the same OpenSSH as the others.
 """
 
+import asyncio
 import json
 import os
 import pwd
@@ -20,12 +21,13 @@ from typing import Any
 
 from benchmarks.harness import REPOSITORY
 from benchmarks.peers.base import Missing, Peer
+from benchmarks.peers.on_asyncssh import MAX_CHANNELS
 from pool.runtime import loop_thread
 
 PACKAGES = "POOL_PEERS_DIR"
 """Environment variable: the folder whose ``node_modules`` has agent-backend; default ``.pool/peers`` (make peers)."""
 _READY_TIMEOUT = 20.0  # seconds for the daemon to listen
-_ANSWER_TIMEOUT = 20.0  # seconds for node to answer: with more commands than its 50 channels it may never do
+_ANSWER_TIMEOUT = 60.0  # seconds for node to answer: with more commands than its 50 channels it may never do
 
 
 def node_package() -> Path:
@@ -60,6 +62,14 @@ class AgentBackendPython(Peer):
     def run(self, command: str) -> int:
         loop_thread().run(self.backend.exec(command))  # it raises for any exit code but 0
         return 0
+
+    def many(self, command: str, count: int) -> int:
+        return loop_thread().run(self._many(command, count))
+
+    async def _many(self, command: str, count: int) -> int:
+        """All at once: it has no limit, and its daemon none either."""
+        results = await asyncio.gather(*(self.backend.exec(command) for _ in range(count)), return_exceptions=True)
+        return sum(isinstance(result, BaseException) for result in results)
 
     def read(self, path: str) -> bytes:
         from agent_backend import ReadOptions
@@ -140,7 +150,8 @@ class AgentBackendNode(Peer):
         self.ask("write", path=self._inside(path), local=str(self._file))
 
     def many(self, command: str, count: int) -> int:
-        return int(self.ask("many", command=command, count=count)["failed"])
+        """Told all at once, its queue of operations hung in more than one run."""
+        return int(self.ask("many", command=command, count=count, limit=MAX_CHANNELS)["failed"])
 
     def time_run(self, command: str) -> float:
         return float(self.ask("run", command=command)["ms"])

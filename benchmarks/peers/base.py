@@ -1,12 +1,14 @@
 """The few calls that every peer has, and where it connects to."""
 
+import asyncio
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class Missing(Exception):
@@ -56,6 +58,8 @@ class Peer(ABC):
     """One connection. Every call blocks, as it does for the code of a Celery task, in a thread without a loop."""
 
     name: ClassVar[str]
+    serial: ClassVar[bool] = False
+    """Whether `many` runs one command after the other."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -80,6 +84,12 @@ class Peer(ABC):
         """Run it *count* times at once, as well as one connection can; return how many failed."""
         raise Missing("runs one command at a time")
 
+    @classmethod
+    def crowd(cls, peers: Sequence[Self], command: str, count: int) -> int:
+        """`many` on several connections at once, *count* times on each; return how many failed of all."""
+        with ThreadPoolExecutor(len(peers)) as threads:
+            return sum(threads.map(lambda peer: peer.many(command, count), peers))
+
     @abstractmethod
     def close(self) -> None:
         """Log out; also after a `connect` that failed."""
@@ -98,6 +108,24 @@ class Peer(ABC):
     def _checked(self, command: str) -> None:
         code = self.run(command)
         assert code == 0, f"{self.name}: {command}: exit code {code}"
+
+
+def threaded(run: Callable[[str], int], command: str, count: int, threads: int) -> int:
+    """Call *run* in so many threads; return how many failed."""
+
+    def failed(_: int) -> bool:
+        try:
+            return run(command) != 0
+        except Exception:
+            return True
+
+    with ThreadPoolExecutor(threads) as executor:
+        return sum(executor.map(failed, range(count)))
+
+
+async def gathered(calls: Sequence[Coroutine[Any, Any, int]]) -> int:
+    """The sum of what the coroutines return."""
+    return sum(await asyncio.gather(*calls))
 
 
 def timed(call: Callable[[], object]) -> float:

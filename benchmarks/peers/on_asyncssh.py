@@ -1,11 +1,12 @@
 """asyncssh as it comes, and the two floors: a shell on one of its channels that reads commands line by line."""
 
 import asyncio
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import asyncssh
 
-from benchmarks.peers.base import Peer, Target
+from benchmarks.peers.base import Peer, Target, gathered
 from pool.runtime import loop_thread
 
 MAX_CHANNELS = 10
@@ -67,6 +68,10 @@ class Asyncssh(Peer):
 
     def many(self, command: str, count: int) -> int:
         return loop_thread().run(self.amany(command, count))
+
+    @classmethod
+    def crowd(cls, peers: Sequence[Self], command: str, count: int) -> int:
+        return loop_thread().run(gathered([peer.amany(command, count) for peer in peers]))
 
     async def amany(self, command: str, count: int) -> int:
         slots = asyncio.Semaphore(MAX_CHANNELS)

@@ -2,9 +2,10 @@
 
 import asyncio
 import inspect
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
-from benchmarks.peers.base import Missing, Peer, Target
+from benchmarks.peers.base import Missing, Peer, Target, gathered
 from pool import RemoteFilesystemBackend
 from pool.runtime import loop_thread
 
@@ -47,6 +48,10 @@ class Ours(Peer):
 
     def many(self, command: str, count: int) -> int:
         return loop_thread().run(self.amany(command, count))
+
+    @classmethod
+    def crowd(cls, peers: Sequence[Self], command: str, count: int) -> int:
+        return loop_thread().run(gathered([peer.amany(command, count) for peer in peers]))
 
     async def amany(self, command: str, count: int) -> int:
         calls = [self.backend.aexec(command, check=False) for _ in range(count)]
