@@ -28,6 +28,7 @@ NAMES = (
     "files_peers",
     "concurrent",
     "output_rate",
+    "memory",
     "affinity",
     "warm_build",
     "live_output",
