@@ -31,7 +31,7 @@ def measure(*, quick: bool) -> Report:
                 else:
                     contestants[name] = partial(peer.time_run, command)
             told = interleaved(contestants, rounds)
-    report.raw["ms"] = told
+    report.raw |= {"ms": told, "megabytes": megabytes}
     for name, values in told.items():
         rates = [1e3 * megabytes / value for value in values]
         report.add(name, p50(rates), "MB/s", remark=spread(rates))
