@@ -14,7 +14,7 @@ from benchmarks.harness import REPOSITORY, Report, remote_folder, scratch, ssh_s
 from benchmarks.memory_child import KINDS, WAITING
 from benchmarks.peers import Target, target_of
 
-MANY = ("ours, helper", "ours, channel", "asyncssh")  # 1,000 of these, a hundred of the others
+MANY = ("ours, helper", "ours, channel", "asyncssh")  # 1,000 of these, 50 of the others
 CLIENT_TARGET = 1.15  # ours / asyncssh
 HELPER_TARGET = 15.0  # MB of the helper's process on the host
 HOST_MB = 12.0  # what one connection may take on the host: with too little memory there are fewer
@@ -22,12 +22,12 @@ HOST_MB = 12.0  # what one connection may take on the host: with too little memo
 
 def measure(*, quick: bool) -> Report:
     most = int(psutil.virtual_memory().available / 1e6 / 2 / HOST_MB)
-    count = min(most, 30 if quick else 1_000)
+    count, few = (20, 5) if quick else (min(most, 1_000), 50)
     report = Report("memory", f"{count:,} warm idle connections in one process, {WAITING} commands that wait on one")
     with scratch() as folder, ssh_server(folder) as (which, info):
         report.title += f"; {which}"
         target = target_of(info, remote_folder(folder))
-        told = {name: _measured(name, target, count if name in MANY else min(count, 100)) for name in KINDS}
+        told = {name: _measured(name, target, count if name in MANY else few) for name in KINDS}
     report.raw["told"] = told
     for name, one in told.items():
         if "missing" in one:

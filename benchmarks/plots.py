@@ -15,7 +15,7 @@ from benchmarks.harness import REPOSITORY, p50, p99
 from benchmarks.memory import MANY
 
 FOLDER = REPOSITORY / "docs" / "img"
-OURS_COLOUR, PEER_COLOUR, FLOOR_COLOUR = "#1f6f8b", "#b8b8b8", "#e0d3b8"
+COLOURS = {"ours, helper": "#15607a", "ours, channel": "#7fb3c6", "floor": "#e3d6ba", "peer": "#b8b8b8"}
 WIDTH = 8.0  # inches, at 100 dots each
 ROW = 0.27  # inches for a bar
 
@@ -58,7 +58,7 @@ def _latency(raw: Mapping[str, Any], where: str) -> None:
 
 
 def _files(raw: Mapping[str, Any], where: str) -> None:
-    panels = {f"{what}: ms": told for what, told in raw["ms"].items()}
+    panels = {f"{what.replace(' at ', ', round trip time ')}: ms": told for what, told in raw["ms"].items()}
     _draw("files", panels, where, "ms", columns=2)
 
 
@@ -101,14 +101,17 @@ def _draw(
     from PIL import Image
 
     rows = -(-len(panels) // columns)
-    tallest = max(len(told) for told in panels.values())
-    size = (WIDTH * (1.25 if columns > 1 else 1), rows * (0.75 + ROW * tallest))
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    bars = [len(told) for told in panels.values()]
+    heights = [0.75 + ROW * max(bars[row * columns : (row + 1) * columns]) for row in range(rows)]
+    size = (WIDTH * (1.25 if columns > 1 else 1), sum(heights))
+    shares = {"height_ratios": heights}
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", gridspec_kw=shares)
     axes = list(grid.flat)
     for axis, (title, told) in zip(axes, panels.items(), strict=False):
         _panel(axis, title, told, unit, log=log and "(log)" in title, tails=tails)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
+    figure.get_layout_engine().set(w_pad=0.12)
     figure.supxlabel(where, fontsize=7, color="#777777", x=0.99, ha="right")
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"bench-{name}.png"
@@ -129,6 +132,7 @@ def _panel(axis: Any, title: str, told: Mapping[str, list[float]], unit: str, *,
         axis.hlines(names, middles, ends, color="#555555", linewidth=1)
     if log:
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:,g}")
     for name, middle, end in zip(names, middles, ends, strict=True):
         place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
         axis.annotate(_label(middle, unit), (end, name), fontsize=8, **place)
@@ -146,9 +150,8 @@ def _label(value: float, unit: str) -> str:
 
 
 def _colour(name: str) -> str:
-    if name.startswith("ours"):
-        return OURS_COLOUR
-    return FLOOR_COLOUR if name.startswith("floor") else PEER_COLOUR
+    kind = "floor" if name.startswith("floor") else name
+    return COLOURS.get(kind, COLOURS["peer"])
 
 
 PICTURES: dict[str, Callable[[Mapping[str, Any], str], None]] = {
