@@ -23,7 +23,8 @@ def measure(*, quick: bool) -> Report:
             told = bursts.told(rounds)
     report.raw["ms"] = bursts.single
     for name, values in bursts.single.items():
-        report.add(name, p50(values), "ms", remark=f"{spread(values)}, p99 {p99(values):.3g}")
+        remark = f"{beside(told, name)}{spread(values)}, p99 {p99(values):.3g}"
+        report.add(name, p50(values), "ms", remark=remark)
     for ours in (OURS, CHANNEL):
         for name, required in TARGETS.items():
             if ours in told and name in told:
@@ -40,6 +41,13 @@ def measure(*, quick: bool) -> Report:
 def tell_missing(report: Report, name: str, why: str) -> None:
     """A row for a peer that is not there."""
     report.add(name, None, "", remark=why)
+
+
+def beside(told: Mapping[str, list[float]], name: str) -> str:
+    """How *name*'s time compares with asyncssh's, round by round; empty where that says nothing."""
+    if name == "asyncssh" or "asyncssh" not in told:
+        return ""
+    return f"{ratio(told[name], told['asyncssh']):.2f} x asyncssh; "
 
 
 class Bursts:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from benchmarks.delay_proxy import delayed
-from benchmarks.exec_peers import CHANNEL, OURS, tell_missing
+from benchmarks.exec_peers import CHANNEL, OURS, beside, tell_missing
 from benchmarks.harness import Report, interleaved, p50, ratio, remote_folder, scratch, spread, ssh_server
 from benchmarks.peers import ALL, Peer, Target, opened, target_of
 
@@ -33,7 +33,9 @@ def measure(*, quick: bool) -> Report:
     _add(report, big, failed_big)
     for what, times in far.items():
         for name, values in times.items():
-            report.add(f"{what} at {RTT} ms: {name}", p50(values), "ms", remark=spread(values))
+            report.add(
+                f"{what} at {RTT} ms: {name}", p50(values), "ms", remark=f"{beside(times, name)}{spread(values)}"
+            )
     _compare(report, {**told, **big})
     report.notes.append(
         "Ours writes beside the file and renames: readers see the old content or the new one. The others write "
@@ -72,7 +74,7 @@ def _times(peers: Mapping[str, Peer], target: Target, size: str, rounds: int) ->
 def _add(report: Report, told: Told, failed: Mapping[str, str]) -> None:
     for what, times in told.items():
         for name, values in times.items():
-            report.add(f"{what}: {name}", p50(values), "ms", remark=spread(values))
+            report.add(f"{what}: {name}", p50(values), "ms", remark=f"{beside(times, name)}{spread(values)}")
         for both, why in failed.items():
             if both.startswith(what):
                 report.add(both, None, "", remark=why)
