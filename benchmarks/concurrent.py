@@ -78,9 +78,20 @@ def _one_connection(report: Report, command: str, peers: Mapping[str, Peer], com
             report.add(f"one connection, {command}: {name}", None, "", remark=str(error)[:80])
             continue
         count = SERIAL if peer.serial and command == COMMAND else commands
-        contestants[name] = partial(rates.timed, name, partial(_tried, report, peer, command, count), count)
+        contestants[name] = partial(_turn, report, rates, peer, command, count)
     told = interleaved(contestants, rounds)
     _add(report, f"one connection, {command}", told, rates.failed, commands * rounds)
+
+
+def _turn(report: Report, rates: _Rates, peer: Peer, command: str, count: int) -> float:
+    """Commands per second, on a connection that works when the turn begins: some break under their refusals."""
+    try:
+        peer.run("true")
+    except Exception:
+        report.notes.append(f"{peer.name}: its connection did not outlive a turn; made anew")
+        peer.close()
+        peer.connect()
+    return rates.timed(peer.name, partial(_tried, report, peer, command, count), count)
 
 
 def _tried(report: Report, peer: Peer, command: str, count: int) -> int:

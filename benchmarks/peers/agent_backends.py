@@ -180,6 +180,7 @@ class AgentBackendNode(Peer):
         self.process.stdout.close()
         self._log.close()
         shutil.rmtree(self._file.parent, ignore_errors=True)
+        del self.process
 
 
 class _Daemon:
