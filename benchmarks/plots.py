@@ -42,7 +42,7 @@ def _where(document: Mapping[str, Any]) -> str:
 
 
 def _exec(raw: Mapping[str, Any], where: str) -> None:
-    panels = {"a warm `true`, loopback: ms (log), p50 and p99": raw["ms"]}
+    panels = {"a warm `true`, loopback: ms (log)": raw["ms"]}
     _draw("exec", panels, where, "ms", log=True, tails=True)
 
 
@@ -53,7 +53,7 @@ def _latency(raw: Mapping[str, Any], where: str) -> None:
             continue
         trip = p50(told[ECHO])
         scaled = {name: [ms / trip for ms in values] for name, values in told.items() if name != ECHO}
-        panels[f"a warm `true` {what[3:]} round trip time: round trips, p50 and p99"] = scaled
+        panels[f"a warm `true` {what[3:]} round trip time: round trips"] = scaled
     _draw("latency", panels, where, "{:.2f}", tails=True)
 
 
@@ -135,8 +135,9 @@ def _panel(axis: Any, title: str, told: Mapping[str, list[float]], unit: str, *,
         axis.xaxis.set_major_formatter("{x:,g}")
     for name, middle, end in zip(names, middles, ends, strict=True):
         place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-        axis.annotate(_label(middle, unit), (end, name), fontsize=8, **place)
-    axis.margins(x=0.12)
+        text = f"{_label(middle, unit)}, p99 {_label(end, unit)}" if tails else _label(middle, unit)
+        axis.annotate(text, (end, name), fontsize=8, **place)
+    axis.margins(x=0.2 if tails else 0.12)
     if not log:
         axis.set_xlim(left=0)
     axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
