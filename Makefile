@@ -9,7 +9,11 @@ JOBS ?= 2
 AGENTS_DIR := $(or $(POOL_AGENTS_DIR),.pool/agents)
 NPM_AGENTS := @zed-industries/codex-acp@0.16.0 opencode-linux-x64@1.18.33
 
-.PHONY: demo test lint bench agents clean
+# agent-backend from npm, for the benchmarks that have it as a peer. POOL_PEERS_DIR names another place for it.
+PEERS_DIR := $(or $(POOL_PEERS_DIR),.pool/peers)
+NPM_PEERS := agent-backend@0.13.2
+
+.PHONY: demo test lint bench agents peers clean
 
 demo: $(VENV)/.base $(if $(AGENTS),agents $(VENV)/.agents)
 	@$(BIN)/python -m pool.demo $(if $(KILL),--kill) $(if $(AGENTS),--agents) $(if $(JSON),--json) $(if $(KEEP),--keep)
@@ -42,6 +46,14 @@ $(AGENTS_DIR)/.installed: Makefile
 	@command -v npm >/dev/null || { echo "npm is needed for the real coding agents"; exit 1; }
 	@mkdir -p $(AGENTS_DIR)
 	npm install --prefix $(AGENTS_DIR) --no-save --no-package-lock --no-audit --no-fund --loglevel=error $(NPM_AGENTS)
+	@touch $@
+
+peers: $(PEERS_DIR)/.installed
+
+$(PEERS_DIR)/.installed: Makefile
+	@command -v npm >/dev/null || { echo "npm is needed for agent-backend's daemon and TypeScript client"; exit 1; }
+	@mkdir -p $(PEERS_DIR)
+	npm install --prefix $(PEERS_DIR) --no-save --no-package-lock --no-audit --no-fund --loglevel=error $(NPM_PEERS)
 	@touch $@
 
 # Some systems split venv off into a package that needs root to install; virtualenv from PyPI does without.

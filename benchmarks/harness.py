@@ -29,10 +29,10 @@ console = Console(width=None if sys.stdout.isatty() else 130)
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number. *target*: the number to reach; *least*: whether it is a lower bound."""
+    """One measured number, or None with a *remark* why not. *target*: to be reached; *least*: as a lower bound."""
 
     what: str
-    measured: float
+    measured: float | None
     unit: str
     target: float | None = None
     least: bool = False
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def reached(self) -> bool | None:
-        if self.target is None:
+        if self.target is None or self.measured is None:
             return None
         return self.measured >= self.target if self.least else self.measured <= self.target
 
@@ -55,7 +55,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, what: str, measured: float, unit: str, target: float | None = None, **more: Any) -> None:
+    def add(self, what: str, measured: float | None, unit: str, target: float | None = None, **more: Any) -> None:
         self.rows.append(Row(what, measured, unit, target, **more))
 
     def show(self) -> None:
@@ -68,7 +68,8 @@ class Report:
             verdict = {None: row.remark, True: "[green]reached[/]", False: "[red]not reached[/]"}[row.reached]
             if row.reached is not None and row.remark:
                 verdict += f" ({row.remark})"
-            table.add_row(row.what, f"{_number(row.measured)} {row.unit}", required, verdict)
+            measured = "" if row.measured is None else f"{_number(row.measured)} {row.unit}"
+            table.add_row(row.what, measured, required, verdict)
         console.print(table)
         for note in self.notes:
             console.print(f"  {note}", style="dim", highlight=False)
@@ -104,6 +105,11 @@ def ratio(above: list[float], below: list[float]) -> float:
     return p50([a / b for a, b in zip(above, below, strict=True)])
 
 
+def p99(values: list[float]) -> float:
+    """The value that one in a hundred exceeds; of fewer than a hundred: the greatest."""
+    return sorted(values)[max(0, -(-99 * len(values) // 100) - 1)]
+
+
 def spread(values: list[float]) -> str:
     return f"p50 of {len(values)}, {_number(min(values))} to {_number(max(values))}"
 
@@ -126,13 +132,13 @@ def broker(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def ssh_server(folder: Path, *, max_startups: int | str = 300) -> Iterator[tuple[str, Any]]:
+def ssh_server(folder: Path, *, max_startups: int | str = 300, max_sessions: int = 20) -> Iterator[tuple[str, Any]]:
     """``(which, info)``: OpenSSH if there is one, with an account whose shell is /bin/sh, else the loopback server."""
     with suppress(ImportError):
         from tests.support.openssh import OpenSshd, sshd_binary
 
         if sshd_binary() is not None:
-            with OpenSshd(folder / "sshd", max_sessions=20, max_startups=max_startups) as server:
+            with OpenSshd(folder / "sshd", max_sessions=max_sessions, max_startups=max_startups) as server:
                 try:
                     yield "OpenSSH", server.info
                 finally:  # its home outlives the server
@@ -142,7 +148,7 @@ def ssh_server(folder: Path, *, max_startups: int | str = 300) -> Iterator[tuple
 
     home = folder / "home"
     home.mkdir()
-    with LoopbackSshd(folder / "sshd", home=home, max_sessions=20) as loopback:
+    with LoopbackSshd(folder / "sshd", home=home, max_sessions=max_sessions) as loopback:
         yield "asyncssh's server on loopback", loopback.info
 
 
