@@ -31,8 +31,6 @@ _KILL_PATIENCE = wire.KILL_GRACE + 5.5
 """Seconds for the helper to report that a killed command is gone; it has 5 s itself to make sure."""
 _NOISE = 1 << 20
 """Bytes that a login shell's start-up files may write before the helper has its say."""
-_CREDIT = wire.WINDOW // 4
-"""Bytes consumed after which the helper is told."""
 
 
 class NoHelper(Exception):
@@ -177,9 +175,12 @@ class Helper(asyncssh.SSHClientSession[bytes]):
     async def operate(self, operation: str, path: str, *arguments: bytes, content: bytes | None = None) -> "Answer":
         """Do a file operation; *path* is for error messages. Raises `FileOperationFailed`, `PathEscapeError`."""
         transfer = _Transfer(self, operation, path)
-        number = transfer.number = self._open(transfer, wire.FILE, wire.join(operation.encode(), *arguments))
+        short = content is not None and len(content) <= wire.CHUNK  # in one piece: one packet, if that has room for it
+        number = transfer.number = self._open(
+            transfer, wire.FILE, wire.join(operation.encode(), *arguments), content if short else None
+        )
         try:
-            if content is not None:
+            if content is not None and not short:
                 await transfer.send(content)
             return await transfer.ended
         finally:
@@ -192,19 +193,25 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         self._open(ping, wire.PING, b"")
         await ping.ended
 
-    def _open(self, call: _Call, kind: int, payload: bytes) -> int:
+    def _open(self, call: _Call, kind: int, payload: bytes, content: bytes | None = None) -> int:
+        """Begin a call; *content* is all of its input."""
         if self.closed:
             raise self._lost(None)
         self._number += 1
+        frames = wire.frame(kind, self._number, payload)
+        if content:
+            frames += wire.frame(wire.INPUT, self._number, content)
+        if content is not None:
+            frames += wire.frame(wire.INPUT, self._number)
         try:
-            self._send(kind, self._number, payload)
+            self._channel.write(frames)
         except OSError as error:
             raise self._lost(error) from error
         self._calls[self._number] = call
         return self._number
 
     def _send(self, kind: int, number: int, payload: bytes = b"") -> None:
-        self._channel.write(wire.HEADER.pack(kind, number, len(payload)) + payload)
+        self._channel.write(wire.frame(kind, number, payload))
 
     def give_credit(self, number: int, count: int) -> None:
         """Let the helper send *count* bytes more."""
@@ -318,7 +325,7 @@ class _Running:
         stream: Stream = "stdout" if kind == wire.OUT else "stderr"
         self._capture.feed(stream, data)
         self._consumed += len(data)
-        if not self._capture.full(self._give_credit) and self._consumed >= _CREDIT:
+        if not self._capture.full(self._give_credit) and self._consumed >= wire.CREDIT_AT:
             self._give_credit()
 
     def _give_credit(self) -> None:
@@ -369,7 +376,7 @@ class _Running:
 
 @dataclass
 class Answer:
-    """What a file operation returned: its result, and the content it sent."""
+    """What a file operation returned: its result, and the content of a file, of which that is the last piece."""
 
     result: bytes
     content: bytes
@@ -406,7 +413,7 @@ class _Transfer:
     def feed(self, kind: int, data: bytes) -> None:  # noqa: ARG002
         self._pieces.append(data)
         self._consumed += len(data)
-        if self._consumed >= _CREDIT:
+        if self._consumed >= wire.CREDIT_AT:
             self._helper.give_credit(self.number, self._consumed)
             self._consumed = 0
 
@@ -415,7 +422,7 @@ class _Transfer:
             self._credit += wire.COUNT.unpack(payload)[0]
         elif not self.ended.done():
             if kind == wire.DONE:
-                self.ended.set_result(Answer(payload, b"".join(self._pieces)))
+                self.ended.set_result(Answer(payload, b"".join([*self._pieces, payload])))
             else:
                 self.ended.set_exception(self._error(payload))
         self._more.set()

@@ -31,14 +31,13 @@ class Transfer:
         self.input = deque()  # type: deque[bytes]
         self._condition = condition
 
-    def wait_credit(self) -> int:
-        """Wait until something may be sent; returns how many bytes."""
+    def wait_credit(self) -> None:
+        """Wait until something may be sent."""
         with self._condition:
             while self.credit <= 0 and not self.given_up:
                 self._condition.wait()
             if self.given_up:
                 raise GivenUp
-            return self.credit
 
     def wait_input(self) -> bytes:
         """Wait for the next piece of the content."""
@@ -161,17 +160,21 @@ class Transfers:
         self._wake()
 
     def read(self, transfer: Transfer) -> bytes:
-        """Send the content."""
+        """Send the content; the last piece is the result."""
         path, *roots = transfer.arguments
         file = files.begin_read(path, roots)
         try:
-            while True:
-                data = os.read(file, min(wire.CHUNK, transfer.wait_credit()))
+            last = os.read(file, wire.CHUNK)
+            while last:
+                data = os.read(file, wire.CHUNK)
                 if not data:
-                    return b""
+                    break
+                transfer.wait_credit()
                 with self._condition:
-                    transfer.credit -= len(data)
-                self._send(wire.OUT, transfer.number, data)
+                    transfer.credit -= len(last)
+                self._send(wire.OUT, transfer.number, last)
+                last = data
+            return last
         finally:
             os.close(file)
 
@@ -179,13 +182,17 @@ class Transfers:
         """Receive the content, and replace the file."""
         path, *roots = transfer.arguments
         replacement = files.Replacement(path, roots)
+        consumed = 0
         try:
             while True:
                 data = transfer.wait_input()
                 if not data:
                     break
                 replacement.write(data)
-                self._send(wire.CREDIT, transfer.number, wire.COUNT.pack(len(data)))
+                consumed += len(data)
+                if consumed >= wire.CREDIT_AT:
+                    self._send(wire.CREDIT, transfer.number, wire.COUNT.pack(consumed))
+                    consumed = 0
             replacement.commit()
             return b""
         finally:

@@ -35,6 +35,8 @@ COUNT = struct.Struct(">I")
 
 WINDOW = 1 << 21
 """Bytes of a call that may be under way: as much as one SSH channel of asyncssh has."""
+CREDIT_AT = WINDOW // 4
+"""Bytes consumed after which the other side is told."""
 CHUNK = 1 << 16
 """Bytes of output or of a file in one frame at most."""
 
