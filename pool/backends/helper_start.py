@@ -114,12 +114,16 @@ class Launcher:
             starting.exception()  # told to whoever waits; it may be nobody
 
     def _ended(self, helper: Helper) -> None:
-        """The helper has ended by itself: what it ran goes on, until the next one, started now, ends it."""
+        """The helper has ended by itself: what it ran goes on, until the next one, started now, ends it.
+
+        Without anything to end, the next is started when it is wanted: one that dies at once is not started for ever.
+        """
         self._left = list(helper.told.values())
         if self._connection.is_closed() or self._closed:
             return
-        logger.warning("%s: the helper was killed; starting another", self._where[0])
-        self._begin()
+        logger.warning("%s: the helper was killed", self._where[0])
+        if self._left:
+            self._begin()
 
     def close(self) -> None:
         """End the helper, and what it runs."""
