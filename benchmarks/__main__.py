@@ -23,6 +23,7 @@ NAMES = (
     "simulation",
     "store",
     "cold_warm",
+    "stampede",
     "affinity",
     "warm_build",
     "live_output",

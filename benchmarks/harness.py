@@ -126,7 +126,7 @@ def broker(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def ssh_server(folder: Path, *, max_startups: int = 300) -> Iterator[tuple[str, Any]]:
+def ssh_server(folder: Path, *, max_startups: int | str = 300) -> Iterator[tuple[str, Any]]:
     """``(which, info)``: OpenSSH if there is one, with an account whose shell is /bin/sh, else the loopback server."""
     with suppress(ImportError):
         from tests.support.openssh import OpenSshd, sshd_binary

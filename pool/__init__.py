@@ -11,6 +11,7 @@ from pool.errors import (
     BackendClosed,
     BackendUnavailable,
     CommandFailed,
+    CommandLost,
     CommandTimeout,
     ConfigError,
     FileMissing,
@@ -27,7 +28,7 @@ from pool.errors import (
 
 if TYPE_CHECKING:
     from pool.backends.agent import AgentBackend, check_prompt
-    from pool.backends.base import Backend, BackendStatus, Capabilities
+    from pool.backends.base import Backend, BackendStatus, Capabilities, Claim
     from pool.backends.local import LocalFilesystemBackend
     from pool.backends.memory import MemoryBackend
     from pool.backends.output import ExecResult
@@ -60,7 +61,9 @@ __all__ = [
     "Borrowed",
     "Capabilities",
     "ChatTurn",
+    "Claim",
     "CommandFailed",
+    "CommandLost",
     "CommandTimeout",
     "ConfigError",
     "ExecResult",
@@ -109,6 +112,7 @@ _HOME = {
     "Borrowed": "borrowing",
     "Capabilities": "backends.base",
     "ChatTurn": "worker.chats",
+    "Claim": "backends.base",
     "ExecResult": "backends.output",
     "FileStat": "backends.workspace",
     "GroupLimit": "config",

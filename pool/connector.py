@@ -3,14 +3,16 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic
 
-from pool.backends.base import Backend, Trust
+from pool.backends.base import Backend, Claim, Trust
 from pool.borrowing import B
 from pool.config import PoolConfig
 from pool.entry import Entry
 from pool.errors import BackendUnavailable, PoolError
+from pool.keys import SHARED
 from pool.runtime import was_cancelled
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ class CheckFailed(PoolError):
 class Connector(Generic[B]):
     """Knows how to make a backend from a config, and no pool. *settings* returns the pool's present ones.
 
-    *trust*, and the *pool* that it is for, are handed to each backend before it connects.
+    *trust*, *claim_for* and the *pool* that it is for are handed to each backend before it connects.
     """
 
     def __init__(
@@ -35,11 +37,13 @@ class Connector(Generic[B]):
         settings: Callable[[], PoolConfig],
         trust: Trust | None = None,
         pool: "BackendPoolManager[B] | None" = None,
+        claim_for: Callable[[str], Claim | None] | None = None,
     ) -> None:
         self._make = make
         self._settings = settings
         self._trust = trust
         self._pool = pool
+        self._claim_for = claim_for
         self._watched: set[B] = set()  # backends that look after themselves
 
     async def make_way(self, victims: tuple[B, ...]) -> None:
@@ -89,15 +93,21 @@ class Connector(Generic[B]):
             backend.trust = self._trust
         if self._pool is not None:
             backend.pool = self._pool
+        backend.pool_key = entry.identity[0]
+        if self._claim_for is not None and entry.pooled and entry.identity[0] != SHARED:
+            backend.claim = partial(self._claim_for, entry.identity[0])
         limit = self._settings().connect_timeout if backend.open_timeout is None else backend.open_timeout
         try:
             async with asyncio.timeout(limit) as clock:
+                backend.open_clock = clock
                 await backend.connect()
         except BaseException as error:
             await _to_the_end(self.destroy(backend))  # whoever opened it half closes it
             if isinstance(error, TimeoutError) and clock.expired():
                 raise BackendUnavailable(f"no connection within {limit:g} s", "timeout", 0.0) from error
             raise
+        finally:
+            backend.open_clock = None
         self.watch(backend)
         return backend
 

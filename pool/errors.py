@@ -9,6 +9,7 @@
     |-- BackendClosed            the backend or its pool was closed
     |-- CommandFailed            the command exited with a non-zero code
     |-- CommandTimeout           the command ran into its timeout and was killed
+    |-- CommandLost              nobody can tell how a durable command ended
     |-- TurnFailed               the agent refused the prompt, died or talked nonsense
     |   `-- TurnTimeout          the turn ran into its timeout and was cancelled
     |-- TaskCancelled            somebody had the task ended
@@ -32,6 +33,7 @@ __all__ = [
     "BackendClosed",
     "BackendUnavailable",
     "CommandFailed",
+    "CommandLost",
     "CommandTimeout",
     "ConfigError",
     "FileMissing",
@@ -117,6 +119,10 @@ class CommandTimeout(PoolError):
         self.tail = tail
 
 
+class CommandLost(PoolError):
+    """A durable command's host was restarted, or its keeper killed: how it ended is unknown. It is not run again."""
+
+
 class TurnFailed(PoolError):
     """An agent did not finish a turn. The chat goes on: the next turn finds the agent, or starts it anew.
 
@@ -173,7 +179,11 @@ class InvalidKey(PoolError, ValueError):
 
 
 class NotOwner(PoolError):
-    """The shard of the key is not owned by this node."""
+    """The shard of the key is not owned by this node. ``epoch``: of the newer owner that a host knows of; else 0."""
+
+    def __init__(self, message: str, epoch: int = 0) -> None:
+        super().__init__(message, epoch)
+        self.epoch = epoch
 
 
 def _strerror(errno: int) -> str:

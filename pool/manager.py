@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
-from pool.backends.base import Trust
+from pool.backends.base import Claim, Trust
 from pool.borrowing import B, Borrowed, Borrowing
 from pool.config import PoolConfig
 from pool.connector import CheckFailed, Connector
@@ -47,6 +47,9 @@ class BackendPoolManager(Generic[B]):
     keys; None, and no function at all: without limit. A remote host ends, by itself, what a process that is frozen or
     cut off has running there when that time is over (``pool/backends/pulse.py``).
 
+    *claim_for* a key returns under which epoch this process owns it; None: nobody owns it. A host that can keeps the
+    newest one, ends what older ones run in the same root, and refuses them with `NotOwner` (``pool/helper/fence.py``).
+
     *observer* hears of what happens; None: the steps in the lives of backends go to the log.
 
     One pool belongs to one process. Raises `ConfigError` for settings that break a rule.
@@ -68,6 +71,7 @@ class BackendPoolManager(Generic[B]):
         trust: Trust | None = None,
         group_for: Callable[[str, str], str | None] | None = None,
         observer: Observer | None = None,
+        claim_for: Callable[[str], Claim | None] | None = None,
     ) -> None:
         if not callable(backend_class):
             raise ConfigError(f"backend_class={backend_class!r}: must be a class or function that makes a backend")
@@ -85,7 +89,7 @@ class BackendPoolManager(Generic[B]):
         self._life = Lifecycle((settings or PoolConfig()).changed(**changes))
         self.observer = observer or Observer()
         self._hears_acquires = type(self.observer).acquired is not Observer.acquired
-        self._connector = Connector(backend_class, lambda: self._life.config, trust, self)
+        self._connector = Connector(backend_class, lambda: self._life.config, trust, self, claim_for)
         self._lock = threading.Lock()
         self._fork = fork_count()
         self._periodic_cleanup = enable_periodic_cleanup

@@ -33,6 +33,8 @@ class BackendInfo(NamedTuple):
     group: str | None
     weight: int
     """Bytes, as last measured."""
+    mode: str
+    """As `Backend.mode`."""
 
 
 def stats_of(life: Lifecycle, now: float) -> PoolStats:
@@ -41,11 +43,17 @@ def stats_of(life: Lifecycle, now: float) -> PoolStats:
     by_key: dict[str, int] = {}
     for primary, _ in life.entries:
         by_key[primary] = by_key.get(primary, 0) + 1
+    modes: dict[str, int] = {}
+    for entry in live:
+        if entry.backend is not None and (mode := entry.backend.mode):
+            word = mode.partition(":")[0]
+            modes[word] = modes.get(word, 0) + 1
     return PoolStats(
         total_backends=life.total,
         active_backends=sum(1 for entry in live if entry.users),
         idle_backends=len(life.idle),
         backends_by_key=by_key,
+        modes=modes,
         connecting=sum(1 for entry in live if entry.state == "connecting"),
         retired=sum(1 for entry in live if entry.state == "retired"),
         waiting=life.counts["waiting"],
@@ -90,4 +98,5 @@ def info_of(entry: Entry, now: float) -> BackendInfo:
         busy=now - entry.busy_since if entry.users else None,
         group=entry.group,
         weight=0 if backend is None else backend.weight,
+        mode="" if backend is None else backend.mode,
     )

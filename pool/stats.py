@@ -56,6 +56,8 @@ class PoolStats:
     """... connected, unused and ready."""
     backends_by_key: dict[str, int] = field(default_factory=dict)
     """Backends of each key (primary) that can be acquired; keyless and retired ones are not in it."""
+    modes: dict[str, int] = field(default_factory=dict)
+    """Connected backends of kinds that have more than one way to work, by the first word of their `Backend.mode`."""
     connecting: int = 0
     retired: int = 0
     """Backends that take nobody new and are closed at their last release."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from celery import shared_task
 
-from pool import CommandFailed, CommandTimeout, PooledTask
+from pool import CommandFailed, CommandLost, CommandTimeout, PooledTask
 
 
 @shared_task(
@@ -14,7 +14,7 @@ from pool import CommandFailed, CommandTimeout, PooledTask
     key="user_id",
     secrets=("env",),
     progress=True,
-    throws=(CommandFailed, CommandTimeout),
+    throws=(CommandFailed, CommandLost, CommandTimeout),
 )
 def run_build(
     self: PooledTask,
@@ -26,23 +26,27 @@ def run_build(
     env: dict[str, str] | None = None,
     timeout: float | None = None,
     check: bool = True,
+    durable: bool = False,
 ) -> dict[str, Any]:
     """Run *cmd* by ``/bin/sh`` on the backend of *user_id*, below ``projects/<project>`` if a project is given.
 
     *env*: may hold secrets; logs, events and Flower show ``***`` for its values. *timeout*: seconds, then the command
-    and all that it started is killed. Returns ``exit_code``, ``output`` (both streams as they came), ``truncated``,
-    ``duration_s``, ``warm`` (the backend was connected before), ``key``, ``node`` and ``pid`` of the worker process.
+    and all that it started is killed. *durable*: the command outlives its worker and the connection; when the task is
+    delivered again, or retried, it goes on with the same command and does not start another (SSH with a helper only).
+    Returns ``exit_code``, ``output`` (both streams as they came), ``truncated``, ``duration_s``, ``warm`` (the backend
+    was connected before), ``key``, ``node`` and ``pid`` of the worker process.
 
     Fails with `CommandFailed` (exit code and the end of stderr in its message; not with ``check=False``),
-    `CommandTimeout`, `PathEscapeError`, `FileMissing` (no such *cwd*), `ConfigError`. While the host is unavailable
-    it is retried.
+    `CommandTimeout`, `CommandLost` (a durable command whose host was restarted), `PathEscapeError`, `FileMissing` (no
+    such *cwd*), `ConfigError`. While the host is unavailable it is retried.
     """
     with self.acquire_backend() as borrowed:
         workspace = borrowed.backend
         if project is not None:
             workspace = workspace.scope(f"projects/{project}")
             workspace.mkdir(".")
-        result = workspace.exec(cmd, cwd=cwd, env=env, timeout=timeout, check=check)
+        name = self.request.id if durable else None
+        result = workspace.exec(cmd, cwd=cwd, env=env, timeout=timeout, check=check, durable=name)
         return {
             "exit_code": result.exit_code,
             "output": result.output,

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from time import monotonic
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from pool.errors import BackendClosed, CommandFailed, TurnFailed
 from pool.runtime import loop_thread, was_cancelled
@@ -50,6 +50,14 @@ class Capabilities:
     """How many callers may hold one backend at a time; None: any number."""
 
 
+class Claim(NamedTuple):
+    """Under which epoch this process owns a key. *owner_of*: what no two owners may have at a time."""
+
+    owner_of: str
+    epoch: int
+    """It grows with each new owner; 0: not the owner any more."""
+
+
 class Backend(ABC):
     """Something warm. Subclasses write `open` and `close`; the pool calls `connect`, `check` and `destroy`.
 
@@ -64,6 +72,12 @@ class Backend(ABC):
     pool: "BackendPoolManager[Any] | None" = None
     """Set by a pool before it connects. A kind that is built on another backend of its key borrows it there in `open`
     (``await self.pool.aacquire_backend(...)``), and releases it in `close`."""
+    claim: Callable[[], "Claim | None"] | None = None
+    """Set by a pool that has ``claim_for``, before it connects. A kind whose host can refuse older owners tells it."""
+    pool_key: str = ""
+    """The key that a pool connects it for, set by the pool before it connects; empty for one without a key."""
+    open_clock: asyncio.Timeout | None = None
+    """The pool's time limit of the `open` that is under way; see `unhurried`."""
     open_timeout: float | None = None
     """Seconds for `open`; None: the pool's ``connect_timeout``."""
     weight: int = 0
@@ -93,6 +107,11 @@ class Backend(ABC):
     def is_busy(self) -> bool:
         """Say that it works although nobody holds it; then no sweep evicts it. Must not block."""
         return False
+
+    @property
+    def mode(self) -> str:
+        """How it works, for a kind that has more than one way: a word to count by, and after ``": "`` the reason."""
+        return ""
 
     # -- called by the pool and by users
 
@@ -140,6 +159,24 @@ class Backend(ABC):
             await asyncio.shield(self.close())
             raise BackendClosed(f"{self!r} was closed while it connected")
         self._set_status(BackendStatus.CONNECTED)
+
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """For a part of `open` that waits for other backends and not for its own host: the pool's limit stands still.
+
+        Whoever uses it limits that part itself.
+        """
+        clock = self.open_clock
+        if clock is None or clock.expired() or (limit := clock.when()) is None:
+            yield
+            return
+        now = asyncio.get_running_loop().time
+        left = limit - now()
+        clock.reschedule(None)
+        try:
+            yield
+        finally:
+            clock.reschedule(now() + left)
 
     @contextmanager
     def timed(self) -> Iterator[None]:

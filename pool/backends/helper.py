@@ -9,17 +9,18 @@ import asyncio
 import logging
 import secrets
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Protocol
 
 import asyncssh
 
 from pool.backends.channels import Channels
 from pool.backends.output import Capture, HeadTail, Stream
-from pool.backends.workspace import Place
-from pool.errors import FileOperationFailed, PathEscapeError, PoolError
+from pool.backends.workspace import Durable, DurableTimeout, Place
+from pool.errors import CommandLost, ConfigError, FileOperationFailed, PathEscapeError, PoolError
 from pool.helper import wire
 from pool.helper.bundle import BOOT, bundle
 
@@ -65,7 +66,10 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         self._stderr = HeadTail(4096)
         self._calls: dict[int, _Call] = {}
         self._number = 0
-        self._how = ""
+        self.epoch = -1
+        """Under which it has claimed its root; -1: it has not."""
+        self.how = ""
+        """How the program ended, as the server tells; "" while it runs, and when the connection was lost."""
         self._closing = False
         self._why: Exception | None = None  # it ended by itself
         self.told: dict[int, bytes] = {}
@@ -73,13 +77,24 @@ class Helper(asyncssh.SSHClientSession[bytes]):
 
     # -- life
 
-    async def start(self, connection: asyncssh.SSHClientConnection, channels: Channels, sweep: list[bytes]) -> None:
+    async def start(
+        self,
+        connection: asyncssh.SSHClientConnection,
+        channels: Channels,
+        sweep: Sequence[bytes] = (),
+        *,
+        startup_files: bool = True,
+    ) -> None:
         """Start it on the host, on a lasting channel, and have it end first what an earlier one left (*sweep*).
+
+        *startup_files*: commands get the environment that the login shell's start-up files have made; else the one
+        from before them. The server has the login shell run them in any case.
 
         Raises `NoHelper`, and what `Channels.granted` raises.
         """
         program = bundle()
-        line = "exec " + shlex.join(["python3", "-I", "-S", "-c", BOOT, str(len(program)), self._token])
+        line = shlex.join(["python3", "-I", "-S", "-c", BOOT, str(len(program)), self._token])
+        line = f"exec {line}" if startup_files else f"{line} bare; exit"  # waited for by the login shell, its parent
         await channels.granted(
             connection, lambda: connection.create_session(lambda: self, line, encoding=None), lasting=True
         )
@@ -122,16 +137,25 @@ class Helper(asyncssh.SSHClientSession[bytes]):
 
     def _reason(self, what: str = "its python3 did not begin") -> str:
         said = self._stderr.tail_text(400).strip().rpartition("\n")[2]
-        return ": ".join(filter(None, [what, self._how or "cut off", said]))
+        return ": ".join(filter(None, [what, self.how or "cut off", said]))
 
     # -- calls
 
-    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
-        """Run a command to its end; as `Driver.run`. Raises what stands in the way of its start."""
+    async def run(
+        self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture, durable: Durable | None = None
+    ) -> int:
+        """Run a command to its end; as `Driver.run` and `Driver.run_durable`.
+
+        Raises what stands in the way of its start.
+        """
         chain = cwd.chain
         texts = [command, str(len(chain)), *chain, *[f"{name}={value}" for name, value in env.items()]]
+        kind = wire.EXEC
+        if durable is not None:
+            kind, digest = wire.DURABLE, sha256(repr((command, chain)).encode("utf-8", "surrogateescape")).hexdigest()
+            texts = [durable.name, digest, str(durable.keep), str(durable.timeout or 0.0), *texts]
         running = _Running(self, command, chain[-1], capture)
-        running.number = self._open(running, wire.EXEC, "\0".join(texts).encode("utf-8", "surrogateescape"))
+        running.number = self._open(running, kind, "\0".join(texts).encode("utf-8", "surrogateescape"))
         try:
             return await asyncio.shield(running.ended)
         except asyncio.CancelledError:
@@ -263,10 +287,10 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             call.answer(kind, payload)
 
     def exit_status_received(self, status: int) -> None:
-        self._how = f"exit code {status}"
+        self.how = f"exit code {status}"
 
     def exit_signal_received(self, signal_name: str, core_dumped: bool, msg: str, lang: str) -> None:  # noqa: ARG002
-        self._how = f"killed by SIG{signal_name}"
+        self.how = f"killed by SIG{signal_name}"
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._channel = None
@@ -316,15 +340,27 @@ class _Running:
     def answer(self, kind: int, payload: bytes) -> None:
         if self.ended.done():
             return
+        if kind == wire.GAP:
+            self._capture.skip(int(payload))
+            return
         if kind == wire.EXIT:
-            code, seconds, size = payload.split()
+            code, seconds, size, *timeout = payload.split()
             self._capture.usage = float(seconds), int(size)
-            self.ended.set_result(int(code))
+            if timeout:
+                self.ended.set_exception(DurableTimeout())
+            else:
+                self.ended.set_result(int(code))
             return
         what, *rest = (text.decode("utf-8", "surrogateescape") for text in payload.split(b"\0"))
         if what == "toobig":
             self._capture.feed("stderr", b"/bin/sh: Argument list too long\n")
             self.ended.set_result(126)
+        elif what == "gone":
+            text = "the host was restarted, or what kept the command was killed; how it ended is not known"
+            self.ended.set_exception(CommandLost(f"{text}: {self._command[:80]}"))
+        elif what == "another":
+            text = f"durable: the name belongs to another command on this host, not to {self._command[:80]!r}"
+            self.ended.set_exception(ConfigError(text))
         elif what == "cwd":
             error = FileOperationFailed.of(2, "cwd", self._folder, "no such folder, or not accessible")
             self.ended.set_exception(error)

@@ -3,14 +3,16 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from hashlib import sha256
 from time import monotonic
 
 import asyncssh
 
+from pool.backends.base import Claim
 from pool.backends.channels import Channels
 from pool.backends.helper import Helper, NoHelper
 from pool.backends.helper_files import HelperFiles
-from pool.errors import BackendUnavailable, PoolError
+from pool.errors import BackendUnavailable, FileOperationFailed, NotOwner, PoolError
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,8 @@ EXEC_MODES = ("auto", "helper", "channel")
 _REMEMBERED = 600.0
 """Seconds until a host without a helper is asked again."""
 
+_IN_ORDER = "exit code 0"
+
 Where = tuple[str, int, str | None]
 """Host, port and user."""
 
@@ -26,7 +30,7 @@ _without: dict[Where, tuple[str, float]] = {}  # why a host has none, and until 
 
 
 class Launcher:
-    """Starts the helper of one connection. *mode*: of `EXEC_MODES`. *lost* as for `Helper`."""
+    """Starts the helper of one connection. *mode*: of `EXEC_MODES`. *lost*, *startup_files*: as for `Helper`."""
 
     def __init__(
         self,
@@ -35,7 +39,16 @@ class Launcher:
         where: Where,
         mode: str,
         lost: Callable[[Exception | None], PoolError],
+        *,
+        startup_files: bool,
+        claim: Callable[[], Claim | None] | None = None,
     ) -> None:
+        self._claim_of = claim
+        self._claiming = asyncio.Lock()
+        self._unfenced = False
+        self.root = ""
+        """Where commands run; set before the first one."""
+        self._startup_files = startup_files
         self._connection, self._channels, self._where, self._mode, self._lost = connection, channels, where, mode, lost
         self._helper: Helper | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -65,8 +78,12 @@ class Launcher:
 
         Raises `BackendUnavailable` when there must be one and is none, or the connection is lost.
         """
-        if self.running is not None:
-            return self.running
+        helper = self.running or await self._started_helper()
+        if helper is not None and self._claim_of is not None and not self._unfenced:
+            await self._stand(helper, self._claim_of)
+        return helper
+
+    async def _started_helper(self) -> Helper | None:
         if self._mode == "channel" or (self._mode == "auto" and self._why_not()):
             return None
         try:
@@ -94,7 +111,7 @@ class Launcher:
     async def _start(self) -> None:
         helper = Helper(self._lost, self._ended)
         try:
-            await helper.start(self._connection, self._channels, self._left)
+            await helper.start(self._connection, self._channels, self._left, startup_files=self._startup_files)
         except (NoHelper, BackendUnavailable) as error:
             if self._closed or self._connection.is_closed():  # what looks like a refusal is the end of the connection
                 raise self._lost(None) from error
@@ -114,16 +131,45 @@ class Launcher:
             starting.exception()  # told to whoever waits; it may be nobody
 
     def _ended(self, helper: Helper) -> None:
-        """The helper has ended by itself: what it ran goes on, until the next one, started now, ends it.
+        """The helper ended by itself. If it was killed, what it ran goes on, until the next one, begun now, ends it.
 
-        Without anything to end, the next is started when it is wanted: one that dies at once is not started for ever.
+        Without anything to end, the next is begun when it is wanted: one that dies at once is not begun for ever.
         """
         self._left = list(helper.told.values())
-        if self._connection.is_closed() or self._closed:
+        if not helper.how or helper.how == _IN_ORDER or self._connection.is_closed() or self._closed:
             return
-        logger.warning("%s: the helper was killed", self._where[0])
+        logger.warning("%s: the helper ended (%s)", self._where[0], helper.how)
         if self._left:
             self._begin()
+
+    async def _stand(self, helper: Helper, claim_of: Callable[[], Claim | None]) -> None:
+        """Have the helper claim the root under the present epoch, if it has not: older owners are ended there.
+
+        Raises `NotOwner`. A host that cannot keep a fence does without, with a warning.
+        """
+        claim = claim_of()
+        if claim is None or claim.epoch == helper.epoch:
+            return
+        async with self._claiming:
+            if claim.epoch == helper.epoch:
+                return
+            if not claim.epoch:
+                raise NotOwner(f"this node does not own {claim.owner_of!r} any more")
+            scope = sha256(claim.owner_of.encode("utf-8", "surrogateescape")).hexdigest()[:32].encode()
+            root = self.root.encode("utf-8", "surrogateescape")
+            try:
+                answer = await helper.operate("claim", ".", root, scope, b"%d" % claim.epoch)
+            except FileOperationFailed as error:
+                self._unfenced = True
+                logger.warning("%s cannot keep older owners out of %r: %s", self._where[0], self.root, error)
+                return
+            if answer.result:
+                newer = int(answer.result)
+                text = (
+                    f"{self._where[0]}: a newer owner (epoch {newer}) has taken {self.root!r} over from {claim.epoch}"
+                )
+                raise NotOwner(text, newer)
+            helper.epoch = claim.epoch
 
     def close(self) -> None:
         """End the helper, and what it runs."""

@@ -85,6 +85,13 @@ class HeadTail:
             if dropped < len(first):
                 self._tail.appendleft((first_number, first[dropped:]))
 
+    def omit(self, number: int, count: int) -> None:
+        """Note that *count* bytes never came; what comes later belongs to the tail."""
+        self._head_room = 0
+        if not self._head:
+            self._head.append((number, b""))
+        self.omitted += count
+
     def pieces(self, encoding: str | None) -> list[tuple[int, bytes]]:
         """What was kept, in order, with a note (in text only) where something was left out."""
         gap: list[tuple[int, bytes]] = []
@@ -136,6 +143,11 @@ class Capture:
             self._tap(stream, data)
         if self._sink is not None:
             self._sink.push(stream, data)
+
+    def skip(self, count: int) -> None:
+        """Note that *count* bytes were left out here."""
+        self._count += 1
+        self.streams["stdout"].omit(self._count, count)
 
     def full(self, resume: Callable[[], None]) -> bool:
         """See `Sink.full`."""

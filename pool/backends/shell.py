@@ -114,6 +114,7 @@ _pool_kill() {{
 """
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_DURABLE = re.compile(r"[A-Za-z0-9_@:-][A-Za-z0-9_.@:-]{0,199}")
 
 
 class ShellCommand:
@@ -200,6 +201,14 @@ def check_command(command: Any) -> str:
     if not encodable(command):
         raise ConfigError(f"command={command[:80]!r}: must not contain a lone surrogate")
     return command
+
+
+def check_durable(name: Any) -> str:
+    """Return the name of a durable command, or raise `ConfigError`."""
+    if not isinstance(name, str) or not _DURABLE.fullmatch(name):
+        rule = "must be 1 to 200 letters, digits and . _ - @ :, not beginning with a dot"
+        raise ConfigError(f"durable={name!r}: {rule}")
+    return name
 
 
 def check_env(env: Mapping[str, Any] | None) -> dict[str, str]:

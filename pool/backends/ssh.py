@@ -13,15 +13,17 @@ import asyncssh
 
 from pool.backends.base import BackendStatus, Capabilities
 from pool.backends.channels import Channels, CommandSession
+from pool.backends.handshake import LoginClient, log_in, prompt_acks
 from pool.backends.helper_files import HelperFiles
 from pool.backends.helper_start import EXEC_MODES, Launcher
 from pool.backends.leftovers import owner
+from pool.backends.logins import login_line
 from pool.backends.output import Capture
 from pool.backends.process import PipedProcess
 from pool.backends.pulse import Pulse
 from pool.backends.sftp import RemoteFiles
 from pool.backends.shell import PipedCommand, ShellCommand, check_env
-from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
+from pool.backends.workspace import MAX_OUTPUT, Durable, FileStat, Place, WorkspaceBackend
 from pool.config import check_number
 from pool.errors import BackendClosed, BackendUnavailable, ConfigError, PoolError
 
@@ -40,6 +42,8 @@ LOOPBACK = "pool-loopback"
 
 _CLOSE_PATIENCE = 2.0
 """Seconds for a connection to close politely."""
+_CLEAN_INTERVAL = 3600.0
+"""Seconds between two looks for what durable commands left."""
 _CHECK_TIMEOUT = 5.0
 """Seconds for a host to answer `RemoteFilesystemBackend.check`."""
 
@@ -51,13 +55,15 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     the user's default keys and agent. *known_hosts*: file with the host's key; None: the user's own; *insecure*: do
     not verify it (for tests of your own network only). *password_env*, *passphrase_env*: names of the worker's
     environment variables that hold a password, or the passphrase of the keys. *connect_timeout*: seconds for one
-    connect, login included. *keepalive_interval* (seconds) times
+    connect, login included, from its turn on. *max_connects*: logins to the host that may be under way at a time in
+    this process; the others wait for their turn (`pool.backends.logins`). *keepalive_interval* (seconds) times
     *keepalive_count* is how long a silent host is believed to be alive. *max_channels*: sessions for commands and
     files at a time; keep it below the server's MaxSessions (the pulse of ``trust`` takes one more); what exceeds it
     waits. A helper takes one of them for itself, for any number of commands.
     *exec_mode*: how commands and files travel. ``"helper"``: through a small program that the host's python3 runs, one
     round trip for each (`pool.backends.helper`). ``"channel"``: each command on a channel of its own, files by SFTP.
-    ``"auto"``: by the helper, unless the host cannot run it.
+    ``"auto"``: by the helper, unless the host cannot run it. *startup_files*: whether what the start-up files of the
+    user's login shell make of the environment is what a helper's commands get; else what the server gave that shell.
     *max_output*: bytes of each output stream that are kept. *env*: added to the environment of every command.
     """
 
@@ -77,10 +83,12 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         password_env: str | None = None,
         passphrase_env: str | None = None,
         connect_timeout: float = 15.0,
+        max_connects: int = 8,
         keepalive_interval: float = 15.0,
         keepalive_count: int = 3,
         max_channels: int = 8,
         exec_mode: str = "auto",
+        startup_files: bool = True,
         max_output: int = MAX_OUTPUT,
         env: Mapping[str, str] | None = None,
     ) -> None:
@@ -90,6 +98,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
             raise ConfigError(f"port={port!r}: must be from 1 to 65535")
         check_number("max_channels", max_channels, "must be 1 or more", unit="channels")
         check_number("connect_timeout", connect_timeout, "must be more than 0")
+        check_number("max_connects", max_connects, "must be 1 or more", unit="logins")
         check_number("keepalive_interval", keepalive_interval, "must be more than 0")
         check_number("keepalive_count", keepalive_count, "must be 1 or more", unit="messages")
         self.host, self.port, self.username = host, port, username
@@ -102,11 +111,14 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._insecure = insecure
         self._password_env, self._passphrase_env = password_env, passphrase_env
         self._connect_timeout = connect_timeout
+        self._max_connects = max_connects
         self._keepalive = (keepalive_interval, keepalive_count)
         self._max_channels = max_channels
         if exec_mode not in EXEC_MODES:
             raise ConfigError(f"exec_mode={exec_mode!r}: must be one of {', '.join(EXEC_MODES)}")
         self.exec_mode = exec_mode
+        self._startup_files = startup_files
+        self._clean_at = 0.0
         self._launcher: Launcher | None = None
         self._connection: asyncssh.SSHClientConnection | None = None
         self._channels = Channels(max_channels)
@@ -120,14 +132,21 @@ class RemoteFilesystemBackend(WorkspaceBackend):
 
     async def open(self) -> None:
         options = self._options()
+        user = self.pool_key or self.username or ""
+        with self.unhurried():
+            turn = await login_line(self.host, self.port).take(user, self._max_connects, self._connect_timeout)
         try:
             async with asyncio.timeout(self._connect_timeout):
-                connection = await asyncssh.connect(self.host, self.port, client_factory=self._client, **options)
-                await self._settle(connection)
+                connection = await log_in(self.host, self.port, self._client, self._connect_timeout, options)
+                turn.over(got_in=True)
+                with prompt_acks(connection):
+                    await self._settle(connection)
         except (OSError, asyncssh.Error, ValueError) as error:
             if isinstance(error, PoolError):
                 raise
             raise self._connect_error(error) from error
+        finally:
+            turn.over()
 
     async def _settle(self, connection: asyncssh.SSHClientConnection) -> None:
         """Make the new connection the one in use, or leave none behind."""
@@ -135,10 +154,19 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._channels = Channels(self._max_channels)
         self._files = RemoteFiles(self)
         where = (self.host, self.port, self.username)
-        self._launcher = Launcher(connection, self._channels, where, self.exec_mode, self.lost_error)
+        self._launcher = Launcher(
+            connection,
+            self._channels,
+            where,
+            self.exec_mode,
+            self.lost_error,
+            startup_files=self._startup_files,
+            claim=self.claim,
+        )
         try:
             root, _ = await asyncio.gather(self._make_root(connection), self._start_pulse(connection))
             self._login_shell, self.root = root
+            self._launcher.root = self.root
         except BaseException:
             self._connection = None
             self._stop_pulse()
@@ -237,6 +265,18 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._lost_why = str(error or "the host closed the connection")
         self.mark_lost()
 
+    @property
+    def mode(self) -> str:
+        """``helper``, or ``channel`` and why; "" until the first use of a connection."""
+        return "" if self._launcher is None else self._launcher.describe
+
+    async def tick_health(self, now: float) -> None:
+        """Now and then, have the helper remove what durable commands left long ago."""
+        helper = None if self._launcher is None else self._launcher.running
+        if helper is not None and now >= self._clean_at:
+            self._clean_at = now + _CLEAN_INTERVAL
+            await helper.operate("clean", ".", self.root.encode("utf-8", "surrogateescape"))
+
     async def check(self) -> None:
         """Have the host answer: its helper, or an empty command."""
         try:
@@ -274,6 +314,14 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         code = await session.ended()
         shell.raise_notice(code, capture.tail())
         return code
+
+    async def run_durable(
+        self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture, durable: Durable
+    ) -> int:
+        launcher = (await self._live())[1]
+        if helper := await launcher.helper():
+            return await helper.run(command, cwd, env, capture, durable)
+        raise ConfigError(f"durable={durable.name!r}: {self.host} runs no helper ({launcher.describe})")
 
     async def _start_anew(self, shell: ShellCommand, capture: Capture) -> CommandSession:
         """Start it, once more on a new connection if the present one was dead before it got the command."""
@@ -388,18 +436,14 @@ def _close_late(opening: "asyncio.Future[asyncssh.SSHClientProcess[bytes]]") -> 
         opening.result().close()
 
 
-class _Client(asyncssh.SSHClient):
+class _Client(LoginClient):
     """Tells the backend when its connection is gone."""
 
     def __init__(self, backend: RemoteFilesystemBackend) -> None:
         self._backend = backend
-        self._connection: asyncssh.SSHClientConnection | None = None
-
-    def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
-        self._connection = conn
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._connection is self._backend._connection:
+        if self.connection is self._backend._connection:
             self._backend._lost(exc)
 
 

@@ -28,7 +28,7 @@ from pool.backends.output import (
 )
 from pool.backends.paths import normalise
 from pool.backends.process import PipedProcess
-from pool.backends.shell import check_command, check_env
+from pool.backends.shell import check_command, check_durable, check_env
 from pool.config import check_number
 from pool.errors import CommandFailed, CommandTimeout, ConfigError, FileOperationFailed
 from pool.runtime import loop_thread
@@ -40,6 +40,12 @@ T = TypeVar("T")
 
 MAX_OUTPUT = 1 << 20
 """Bytes of each output stream that are kept, unless the backend's config says otherwise."""
+
+DURABLE_OUTPUT = 8
+"""Times ``max_output`` bytes of a durable command's output are kept on the host: enough for whoever follows later."""
+
+DURABLE_PATIENCE = 10.0
+"""Seconds for a host to end a durable command whose time is over, and to say so."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,22 @@ class Place:
         return [*self.outer, self.root, self.full]
 
 
+@dataclass(frozen=True)
+class Durable:
+    """A command that outlives the connection. *name*: who asks for the same one follows the same command.
+
+    *timeout*: seconds from its start, whoever follows. *keep*: bytes of its output that the host keeps.
+    """
+
+    name: str
+    timeout: float | None
+    keep: int
+
+
+class DurableTimeout(TimeoutError):
+    """The host ended a durable command when its time was over."""
+
+
 class Driver(ABC):
     """What a kind of backend does on the event loop. File errors are `FileOperationFailed`, never the library's."""
 
@@ -96,6 +118,22 @@ class Driver(ABC):
 
         Cancelled, it kills the command's process group before it ends. A connection that is lost under way raises.
         """
+
+    async def run_durable(
+        self,
+        command: str,  # noqa: ARG002 - most kinds have none
+        cwd: Place,  # noqa: ARG002
+        env: Mapping[str, str],  # noqa: ARG002
+        capture: Capture,  # noqa: ARG002
+        durable: Durable,
+    ) -> int:
+        """As `run`, but a connection that is lost, and the end of this process, leave the command alone.
+
+        The next call with the same name goes on with it, from the first byte of its output to its end. Raises
+        `CommandLost` when nobody can tell any more how it ended, `DurableTimeout`, `ConfigError` for a kind of backend
+        that has no durable commands.
+        """
+        raise ConfigError(f"durable={durable.name!r}: {self!r} has no durable commands; SSH with a helper has")
 
     @abstractmethod
     async def start_process(self, argv: Sequence[str], cwd: Place, env: Mapping[str, str]) -> PipedProcess:
@@ -158,6 +196,7 @@ class Workspace(ABC):
         on_output: OnOutput | None = None,
         *,
         encoding: str | None = "utf-8",
+        durable: str | None = None,
     ) -> ExecResult[Any]:
         """Run *command* by ``/bin/sh -c`` and wait until it has ended and closed its output.
 
@@ -165,15 +204,21 @@ class Workspace(ABC):
         is killed. *on_output* is called in this thread with each piece of output and its stream's name. Output is
         text (errors replaced), or bytes with ``encoding=None``; of each stream ``max_output`` bytes are kept.
 
+        *durable*: a name; the command then runs on when the connection or this process ends, and a call with the same
+        name and command goes on with it, up to a day after its end: its output from the start, its exit code, and it
+        ran once. The timeout counts from its start then; a timeout or a cancel ends it. Only over SSH with a helper.
+
         Raises `CommandFailed` (unless ``check=False``), `CommandTimeout`, `BackendUnavailable` when the connection is
-        lost, `BackendClosed`, `PathEscapeError`, `ConfigError`.
+        lost, `BackendClosed`, `PathEscapeError`, `ConfigError`; `CommandLost` when a durable command's host was
+        restarted.
         """
         with self._driver.timed():
             if on_output is None:
-                return loop_thread().run(self._exec(command, cwd, env, timeout, check, None, encoding, TAP.get()))
+                call = self._exec(command, cwd, env, timeout, check, None, encoding, TAP.get(), durable)
+                return loop_thread().run(call)
             check_encoding(encoding)
             sink = ThreadSink(Decoder(on_output, encoding))
-            call = self._exec(command, cwd, env, timeout, check, sink, encoding, TAP.get())
+            call = self._exec(command, cwd, env, timeout, check, sink, encoding, TAP.get(), durable)
             return sink.drive(loop_thread().spawn(call))
 
     async def aexec(
@@ -186,11 +231,12 @@ class Workspace(ABC):
         on_output: OnOutput | None = None,
         *,
         encoding: str | None = "utf-8",
+        durable: str | None = None,
     ) -> ExecResult[Any]:
         """`exec` for any event loop; *on_output* is called on the pool's own loop and must not block it."""
         check_encoding(encoding)
         sink = None if on_output is None else DirectSink(Decoder(on_output, encoding))
-        call = self._exec(command, cwd, env, timeout, check, sink, encoding, TAP.get())
+        call = self._exec(command, cwd, env, timeout, check, sink, encoding, TAP.get(), durable)
         with self._driver.timed():
             return await loop_thread().arun(call if sink is None else sink.drive(call))
 
@@ -204,21 +250,30 @@ class Workspace(ABC):
         sink: Sink | None,
         encoding: str | None,
         tap: Tap | None,
+        durable: str | None,
     ) -> ExecResult[Any]:
         check_command(command)
         check_encoding(encoding)
         own_env = check_env(env)
         if timeout is not None:
             check_number("timeout", timeout, "must be more than 0, or None for no limit")
+        if durable is not None:
+            check_durable(durable)
         capture = Capture(self._driver.max_output, sink, tap)
         started = monotonic()
         try:
-            async with asyncio.timeout(timeout) as clock:
+            limit = timeout if timeout is None or durable is None else timeout + DURABLE_PATIENCE
+            async with asyncio.timeout(limit) as clock:
                 await self._driver.ready()
                 environment = {**self._driver.base_env, **self._env, **own_env}
-                code = await self._driver.run(command, self._place(cwd or "."), environment, capture)
-        except TimeoutError:
-            if timeout is None or not clock.expired():
+                place = self._place(cwd or ".")
+                if durable is None:
+                    code = await self._driver.run(command, place, environment, capture)
+                else:
+                    kept = Durable(durable, timeout, DURABLE_OUTPUT * self._driver.max_output)
+                    code = await self._driver.run_durable(command, place, environment, capture, kept)
+        except TimeoutError as error:
+            if timeout is None or not (clock.expired() or isinstance(error, DurableTimeout)):
                 raise
             raise CommandTimeout(
                 f"killed after {timeout:g} s: {_short(command)}{_quote_tail(capture.tail())}",

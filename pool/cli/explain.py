@@ -104,7 +104,8 @@ def _backend(row: dict[str, Any]) -> Cell:
     text, style = state(row)
     since = duration(row["busy_s"] if row.get("busy_s") is not None else row.get("idle_s"))
     uses, age = many(row.get("uses") or 0, "use"), duration(row.get("age_s"))
-    return f"{name(row)}: {text} for {since or '0 s'}, {uses}, open for {age}", style
+    mode = f" ({row['mode']})" if row.get("mode") else ""
+    return f"{name(row)}{mode}: {text} for {since or '0 s'}, {uses}, open for {age}", style
 
 
 def _run(run: dict[str, Any]) -> Cell:

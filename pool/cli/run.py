@@ -36,6 +36,7 @@ RESULT_PATIENCE = 10.0
     metavar="SECONDS",
     help="Then the command is killed, and the exit code is 124.  [default: never]",
 )
+@click.option("--durable", is_flag=True, help="It outlives its worker and connection: it runs once, whatever happens.")
 @click.option("--shell", is_flag=True, help="Take several words for one line of shell, too.")
 @click.option("--raw", is_flag=True, help="Let escape sequences act on the terminal.")
 def run(
@@ -47,6 +48,7 @@ def run(
     cwd: str | None,
     variables: tuple[str, ...],
     timeout: float | None,
+    durable: bool,
     shell: bool,
     raw: bool,
 ) -> int:
@@ -57,6 +59,7 @@ def run(
     alone.
     """
     options = {"project": project, "cwd": cwd, "env": _environment(variables), "timeout": timeout}
+    options["durable"] = durable or None
     line = " ".join(words) if shell or len(words) == 1 else shlex.join(words)
     given = {name: value for name, value in options.items() if value is not None}
     task_id = send(app, TASK, (check_key(key), line), given)

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import asyncssh
 
+from pool.backends.channels import Channels
+from pool.backends.helper import Helper, NoHelper
 from pool.backends.ssh import RemoteFilesystemBackend
 from pool.doctor.deployment import Deployment
 from pool.doctor.finding import Finding, error, info, ok, warning
@@ -175,7 +177,7 @@ async def _look_inside(
         async with asyncio.timeout(deadline - time.monotonic()):
             connection = await asyncssh.connect(backend.host, backend.port, sock=sock, **options)
             try:
-                found = await _try_out(target, connection)
+                found = await _try_out(target, backend, connection)
             finally:
                 connection.abort()
     except (OSError, asyncssh.Error, ValueError) as problem:
@@ -185,7 +187,9 @@ async def _look_inside(
     return found or [ok("host", f"{target}: host key, login, commands and files are as they should be.")]
 
 
-async def _try_out(target: Target, connection: asyncssh.SSHClientConnection) -> list[Finding]:
+async def _try_out(
+    target: Target, backend: RemoteFilesystemBackend, connection: asyncssh.SSHClientConnection
+) -> list[Finding]:
     found = []
     shell = await connection.run("exec /bin/sh -c 'exit 0'", check=False)
     if shell.exit_status != 0:
@@ -197,6 +201,12 @@ async def _try_out(target: Target, connection: asyncssh.SSHClientConnection) -> 
                 "A login shell that understands exec /bin/sh -c '...', without a forced command.",
             )
         )
+        return found
+    if backend.exec_mode != "channel":
+        why = await _helper(backend, connection)
+        if not why:
+            return []
+        found.append(_no_helper(target, backend, why))
     try:
         (await connection.start_sftp_client()).exit()
     except asyncssh.Error as problem:
@@ -209,3 +219,24 @@ async def _try_out(target: Target, connection: asyncssh.SSHClientConnection) -> 
             )
         )
     return found
+
+
+def _no_helper(target: Target, backend: RemoteFilesystemBackend, why: str) -> Finding:
+    what = f"{target}: no helper can run there: {why} (exec_mode = {backend.exec_mode!r})."
+    fix = "Install python3, 3.6 or newer, on the host; or exec_mode = 'channel', to leave it at that."
+    if backend.exec_mode == "helper":
+        return error("host-helper", what, "Nothing runs there.", fix)
+    return info("host-helper", what, "Each command takes a channel of its own: slower; MaxSessions limits them.", fix)
+
+
+async def _helper(backend: RemoteFilesystemBackend, connection: asyncssh.SSHClientConnection) -> str:
+    """Start a helper, and say what is in the way of it."""
+    helper = Helper(backend.lost_error, lambda _: None)
+    try:
+        await helper.start(connection, Channels(1))
+        await helper.ping()
+    except NoHelper as problem:
+        return str(problem)
+    finally:
+        helper.close()
+    return ""

@@ -4,10 +4,12 @@ import ast
 from functools import cache
 from pathlib import Path
 
-_MODULES = ("wire", "family", "commands", "files", "transfers", "program")
-"""In the order in which they import one another."""
+_MODULES = (
+    "wire", "family", "commands", "durable", "keeper", "follower", "fence", "files", "transfers", "program",
+)  # fmt: skip
+"""In the order in which they import one another. There, as here, each is compiled when it is first imported."""
 
-# Reads the bundle, whose length is the first argument, and runs it; it sees the second as `TOKEN`.
+# Reads the bundle, whose length is the first argument, and runs it; the other arguments are those of `program.main`.
 BOOT = """\
 import sys
 if sys.version_info < (3, 6): sys.exit("its python3 is %d.%d, 3.6 is needed" % sys.version_info[:2])
@@ -17,17 +19,26 @@ while len(b) < n:
     d = os.read(0, n - len(b))
     if not d: sys.exit("cut off")
     b += d
-exec(compile(b, "pool-helper", "exec"), {"TOKEN": sys.argv[2]})
+exec(compile(b, "pool-helper", "exec"), {"TOKEN": sys.argv[2], "OF_PARENT": "bare" in sys.argv})
 """
 
 _LOADER = """\
 import sys
-for _name in ("pool", "pool.helper"): sys.modules[_name] = type(sys)(_name)
-for _name, _source in {sources!r}:
-    _module = sys.modules["pool.helper." + _name] = type(sys)("pool.helper." + _name)
-    setattr(sys.modules["pool.helper"], _name, _module)
-    exec(compile(_source, _name, "exec"), _module.__dict__)
-sys.modules["pool.helper.program"].main(TOKEN)
+SOURCES = {sources!r}
+class Importer:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in SOURCES:
+            return type(sys.__spec__)(name, Importer, is_package=not SOURCES[name])
+    @staticmethod
+    def create_module(spec):
+        pass
+    @staticmethod
+    def exec_module(module):
+        exec(compile(SOURCES[module.__name__], module.__name__, "exec"), module.__dict__)
+sys.meta_path.insert(0, Importer)
+from pool.helper.program import main
+main(TOKEN, OF_PARENT)
 """
 
 
@@ -35,7 +46,10 @@ sys.modules["pool.helper.program"].main(TOKEN)
 def bundle() -> bytes:
     """Return the program, without its docstrings, comments and annotations: less to send and to compile."""
     folder = Path(__file__).parent
-    sources = [(name, _shorten((folder / f"{name}.py").read_text(encoding="utf-8"))) for name in _MODULES]
+    sources = {
+        f"pool.helper.{name}": _shorten((folder / f"{name}.py").read_text(encoding="utf-8")) for name in _MODULES
+    }
+    sources |= {"pool": "", "pool.helper": ""}
     return _LOADER.format(sources=sources).encode("ascii")
 
 

@@ -66,10 +66,11 @@ class Command:
         self.tick = KILL_TICK
         self.told = False
 
-    def reaped(self, status: int, seconds: float, size: int) -> None:
+    def reaped(self, status: int, usage: "resource.struct_rusage") -> None:
         """Note how its first process ended."""
         self.code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
-        self.usage = (seconds, size)
+        size = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss << 10
+        self.usage = (usage.ru_utime + usage.ru_stime, size)
         self.known[self.pid] = family.GONE
 
     def kill(self, now: float, alive: "list[family.Process] | None") -> bool:
@@ -183,7 +184,7 @@ def _file_of(text: bytes) -> int:
 def _spawn(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, script: int) -> int:
     """Start it in a session of its own, with an empty stdin."""
     try:
-        moves = [(os.POSIX_SPAWN_DUP2, _NULL, 0), (os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, err, 2)]
+        moves = [(os.POSIX_SPAWN_DUP2, NULL, 0), (os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, err, 2)]
         if script >= 0:
             moves.append((os.POSIX_SPAWN_DUP2, script, 9))
         return os.posix_spawn(argv[0], argv, env, file_actions=moves, setsid=True, setsigmask=(), setsigdef=_RESTORED)
@@ -205,7 +206,7 @@ def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, sc
         return pid
     try:
         os.setsid()
-        os.dup2(_NULL, 0)
+        os.dup2(NULL, 0)
         os.dup2(out, 1)
         os.dup2(err, 2)
         if script >= 0 and script != 9:
@@ -214,6 +215,7 @@ def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, sc
             os.set_inheritable(script, True)
         for number in _RESTORED:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.execve(argv[0], argv, env)  # noqa: S606
     except OSError as error:
         os.write(telling, b"%d" % (error.errno or 0))
@@ -221,6 +223,7 @@ def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, sc
         os._exit(127)
 
 
-_NULL = os.open(os.devnull, os.O_RDWR)
+NULL = os.open(os.devnull, os.O_RDWR)
+"""What reads as empty, and takes everything."""
 _files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _limit = max(_files - _SPARED, _files // 2) if _files > 0 else sys.maxsize

@@ -73,6 +73,8 @@ class Orphans:
 
     def __init__(self) -> None:
         self.adopting = _adopt()
+        self.spared = set()  # type: set[int]
+        """Children of this process that are nobody's."""
         self._mixed_until = 0
         try:
             self._children = os.open("%s/self/task/%d/children" % (PROC, os.getpid()), os.O_RDONLY)
@@ -91,7 +93,7 @@ class Orphans:
 
     def belong(self, spared: bytes, began: int) -> "Callable[[Process], bool]":
         """Return what tells of a process whether it is of a command that *began* (`ticks`) when *spared* were there."""
-        before = {int(pid) for pid in spared.split()}
+        before = self.spared.union(int(pid) for pid in spared.split())
         me = os.getpid()
 
         def belongs(process: Process) -> bool:

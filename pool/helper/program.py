@@ -9,11 +9,14 @@ import errno
 import os
 import select
 import signal
-import sys
 import time
 from collections import deque
 
-from pool.helper import commands, family, transfers, wire
+from pool.helper import commands, family, wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pool.helper import follower, transfers
 
 _ROOM = 1 << 18
 """Bytes that may wait for the channel; while there are more, no output is read."""
@@ -35,7 +38,8 @@ class Helper:
         self._waiting = deque()  # type: deque[tuple[int, bytes]]
         self._ending = []  # type: list[commands.Command]
         self._untold = deque()  # type: deque[tuple[float, commands.Command]]
-        self._transfers = transfers.Transfers(self._wake)
+        self._followers = {}  # type: dict[int, follower.Follower]
+        self._transfers: transfers.Transfers | None = None
         self._unread = bytearray()
         self._unsent = bytearray()
         self._full = False  # the channel takes no more at present
@@ -62,8 +66,9 @@ class Helper:
             wire.CREDIT: self._credit,
             wire.KILL: self._kill,
             wire.PING: self._ping,
-            wire.FILE: self._transfers.begin,
-            wire.INPUT: self._transfers.feed,
+            wire.DURABLE: self._durable,
+            wire.FILE: self._operate,
+            wire.INPUT: self._feed,
             wire.SWEEP: self._sweep,
         }
 
@@ -115,6 +120,7 @@ class Helper:
     def _timeout(self) -> "float | None":
         """Milliseconds until something is due."""
         moments = [command.due for command in self._ending]
+        moments += [one.due for one in self._followers.values() if one.credit > 0]
         if self._closing and not self._running:
             moments.append(self._patience)
         if self._untold:
@@ -123,9 +129,11 @@ class Helper:
 
     def _due(self) -> None:
         """Do what is due by now."""
-        if not (self._ending or self._untold):
+        if not (self._ending or self._untold or self._followers):
             return
         now = time.monotonic()
+        for one in [each for each in self._followers.values() if each.due <= now and each.credit > 0]:
+            self._follow(one, now)
         while self._untold and self._untold[0][0] <= now:
             self._tell(self._untold.popleft()[1])
         due = [command for command in self._ending if command.due <= now]
@@ -202,14 +210,17 @@ class Helper:
         self._events.unregister(0)
         if self._full:
             self._events.unregister(1)
-        self._transfers.give_all_up()
+        if self._transfers is not None:
+            self._transfers.give_all_up()
         for command in list(self._running.values()):
             self._begin_end(command)
         self._wake()
 
     def _ended(self) -> bool:
         """Whether nothing is left that would have to be waited for."""
-        return not self._running and (self._transfers.none() or time.monotonic() > self._patience)
+        if self._running:
+            return False
+        return self._transfers is None or self._transfers.none() or time.monotonic() > self._patience
 
     def _on_term(self, *_: object) -> None:
         """Between any two steps of the loop, so only take a note; the signal wakes the loop."""
@@ -287,7 +298,11 @@ class Helper:
         (count,) = wire.COUNT.unpack(payload)
         command = self._running.get(number)
         if command is None:
-            self._transfers.grant(number, count)
+            if number in self._followers:
+                self._followers[number].credit += count
+                self._followers[number].hurry()
+            elif self._transfers is not None:
+                self._transfers.grant(number, count)
             return
         command.credit += count
         if command.paused:
@@ -306,8 +321,13 @@ class Helper:
             pass
         if self._asked_to_end:
             self._close()
-        for kind, number, payload in self._transfers.take():
-            self._send(kind, number, payload)
+        if self._transfers is not None:
+            for kind, number, payload in self._transfers.take():
+                self._send(kind, number, payload)
+        self._reap()
+
+    def _reap(self) -> None:
+        """Look which children have ended."""
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -316,9 +336,10 @@ class Helper:
             if pid == 0:
                 return
             command = self._by_pid.pop(pid, None)
-            if command is not None:
-                size = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss << 10
-                command.reaped(status, usage.ru_utime + usage.ru_stime, size)
+            if command is None:
+                self._reaped_keeper(pid, status)
+            else:
+                command.reaped(status, usage)
                 for descriptor in list(command.outputs):  # its last words are there, or will be told by poll
                     if not command.paused:
                         self._forward(command, descriptor)
@@ -352,7 +373,9 @@ class Helper:
         elif any(waiting == number for waiting, _ in self._waiting):
             self._waiting = deque(entry for entry in self._waiting if entry[0] != number)
             self._send(wire.EXIT, number, b"%d 0 0" % (128 + signal.SIGTERM))
-        else:
+        elif number in self._followers:
+            self._followers[number].kill()
+        elif self._transfers is not None:
             self._transfers.give_up(number)
 
     def _begin_end(self, command: commands.Command) -> None:
@@ -363,6 +386,49 @@ class Helper:
         if command.paused:
             self._resume(command)  # what it still writes is dropped
 
+    # -- commands that outlive this program
+
+    def _durable(self, number: int, payload: bytes) -> None:
+        from pool.helper import durable, follower, keeper
+
+        request = durable.Request(payload)
+        try:
+            kept_by = keeper.keep(request, self._env)
+        except OSError as error:
+            self._send(wire.FAILED, number, wire.join(b"os", b"%d" % (error.errno or 0), b"/bin/sh"))
+            return
+        self._orphans.spared.add(kept_by)
+        self._followers[number] = follower.Follower(number, request, kept_by)
+
+    def _follow(self, one: "follower.Follower", now: float) -> None:
+        for kind, payload in one.step(now):
+            self._send(kind, one.number, payload)
+            if kind in (wire.EXIT, wire.FAILED):
+                del self._followers[one.number]
+                one.close()
+
+    def _reaped_keeper(self, pid: int, status: int) -> None:
+        """A keeper has ended, or it was none: another one keeps the command."""
+        self._orphans.spared.discard(pid)
+        for one in self._followers.values():
+            if one.child == pid:
+                one.child = 0
+                one.failed = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
+                one.hurry()
+
+    # -- files, and the rest
+
+    def _operate(self, number: int, request: bytes) -> None:
+        if self._transfers is None:
+            from pool.helper import transfers
+
+            self._transfers = transfers.Transfers(self._wake)
+        self._transfers.begin(number, request)
+
+    def _feed(self, number: int, data: bytes) -> None:
+        if self._transfers is not None:
+            self._transfers.feed(number, data)
+
     def _ping(self, number: int, _: bytes) -> None:
         self._send(wire.PONG, number)
 
@@ -370,10 +436,13 @@ class Helper:
         family.sweep(payload.split(b"\0"))
 
 
-def _environment() -> "dict[bytes, bytes]":
-    """Return the environment this program was started with; Python itself may have set LC_CTYPE since."""
+def _environment(of_parent: bool) -> "dict[bytes, bytes]":
+    """Return the environment this program was started with; Python itself may have set LC_CTYPE since.
+
+    *of_parent*: the one that the login shell was started with, before it read its start-up files.
+    """
     try:
-        with open("/proc/self/environ", "rb") as file:
+        with open("/proc/%s/environ" % (os.getppid() if of_parent else "self"), "rb") as file:
             variables = dict(line.split(b"=", 1) for line in file.read().split(b"\0") if b"=" in line)
     except OSError:
         variables = dict(os.environb)
@@ -381,10 +450,10 @@ def _environment() -> "dict[bytes, bytes]":
     return variables
 
 
-def main(token: str) -> None:
+def main(token: str, of_parent: bool) -> None:
     """Say who we are, and serve."""
     os.chdir("/")
-    helper = Helper(_environment())
+    helper = Helper(_environment(of_parent))
     os.write(1, wire.mark(token))
     helper.run()
     os._exit(helper.code)  # not waiting for a file operation that hangs

@@ -227,7 +227,25 @@ class Transfers:
         files.touch(path, roots)
         return b""
 
+    def clean(self, transfer: Transfer) -> bytes:
+        """Remove what durable commands left long ago."""
+        from pool.helper import durable
+
+        durable.clean(os.path.join(transfer.arguments[0], durable.FOLDER))
+        return b""
+
+    def claim(self, transfer: Transfer) -> bytes:
+        """Claim a root for an owner."""
+        from pool.helper import fence
+
+        root, scope, epoch = transfer.arguments
+        try:
+            fence.claim(root, scope, int(epoch))
+        except fence.Stale as stale:
+            return b"%d" % stale.args[0]
+        return b""
+
 
 _OPERATIONS = {"read": Transfers.read, "write": Transfers.write, "readdir": Transfers.names, "stat": Transfers.stat,
                "mkdir": Transfers.make_folder, "rm": Transfers.remove, "rename": Transfers.move,
-               "touch": Transfers.touch}  # fmt: skip
+               "touch": Transfers.touch, "clean": Transfers.clean, "claim": Transfers.claim}  # fmt: skip

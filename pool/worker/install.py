@@ -9,7 +9,7 @@ from typing import Any
 from celery import Celery, signals
 
 from pool.agents import GROUP, NO_AGENTS
-from pool.backends.base import Backend
+from pool.backends.base import Backend, Claim
 from pool.config import Settings
 from pool.hosts import Hosts, make_backend
 from pool.manager import BackendPoolManager
@@ -123,10 +123,16 @@ class WarmPool:
         self._make_pool: Callable[[Observer | None], BackendPoolManager[Any]]
         agents = NO_AGENTS
         trust = self.ownership.remaining if settings.leased else None
+        claim_for = self._claim_for if settings.leased else None
         if backend_class is not None:
             self.backends_from = getattr(backend_class, "__qualname__", repr(backend_class))
             self._make_pool = lambda observer: BackendPoolManager(
-                backend_class, default_config, settings=settings.pool, trust=trust, observer=observer
+                backend_class,
+                default_config,
+                settings=settings.pool,
+                trust=trust,
+                observer=observer,
+                claim_for=claim_for,
             )
         else:
             hosts = Hosts.load(settings.hosts_file) if settings.hosts_file else Hosts.local(settings.data_dir)
@@ -141,6 +147,7 @@ class WarmPool:
                 settings=pool_settings,
                 trust=trust,
                 observer=observer,
+                claim_for=claim_for,
             )
         self.chats = chats_for(self, agents)
         signals.worker_process_init.connect(self._on_process_init, weak=False)
@@ -152,6 +159,13 @@ class WarmPool:
         return lane
 
     # -- ownership
+
+    def _claim_for(self, key: str) -> Claim | None:
+        """Under which epoch this node owns the key; None: this process is no node."""
+        if self.host is None:
+            return None
+        shards = self.settings.shards
+        return Claim(f"{self.settings.namespace}:{key}", self.ownership.epoch(shard_of(key, shards)))
 
     def queue_for(self, key: str) -> str:
         """Return the name of the queue that the key's tasks go to."""

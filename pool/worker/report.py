@@ -146,8 +146,13 @@ def shards_of(extension: Any) -> Row:
 
 def flat(stats: Row) -> Row:
     """Return it as one table without tables in it, for ``inspect stats`` and Flower."""
-    found = {name: value for name, value in stats.items() if name != "failures"}
-    return found | {f"failures_{reason}": count for reason, count in stats.get("failures", {}).items()}
+    found = {name: value for name, value in stats.items() if not isinstance(value, dict)}
+    return found | {
+        f"{name}_{what}": count
+        for name, counts in stats.items()
+        if isinstance(counts, dict)
+        for what, count in counts.items()
+    }
 
 
 def counts_of(stats: PoolStats) -> Row:
@@ -166,6 +171,7 @@ def counts_of(stats: PoolStats) -> Row:
         "hit_rate": round(stats.hits / asked, 4) if asked else None,
         "connect_failures": stats.connect_failures,
         "failures": stats.failures,
+        "modes": stats.modes,
         "evicted_idle": stats.evicted_idle,
         "evicted_lru": stats.evicted_lru,
         "retired_total": stats.retired_total,
@@ -191,5 +197,6 @@ def row(info: BackendInfo, shards: int) -> Row:
         "busy_s": None if info.busy is None else round(info.busy, 3),
         "group": info.group,
         "weight_mb": info.weight // 10**6,
+        "mode": info.mode,
         "shard": None if info.key.startswith("(") else shard_of(info.key, shards),
     }

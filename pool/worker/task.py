@@ -225,7 +225,7 @@ class PooledTask(Task):
             raise Ignore from None
         except PoolError as error:
             # A node that shuts down at once, or has lost the shard, ends what runs: the messages go back unharmed.
-            if self._lost_its_place():
+            if self._lost_its_place() or (isinstance(error, NotOwner) and error.epoch):
                 raise Reject(str(error), requeue=True) from None
             delay = self._retry_delay(error)
             if delay is None:

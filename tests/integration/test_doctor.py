@@ -361,14 +361,20 @@ def test_what_an_entry_names_must_be_there(of_hosts: Any, sshd: LoopbackSshd) ->
 
 @pytest.mark.openssh
 def test_a_host_without_files_or_commands_is_found(of_hosts: Any, tmp_path: Path) -> None:
-    """A forced command in place of the shell; no SFTP subsystem."""
+    """A forced command in place of the shell; no SFTP subsystem; no python3 for the helper."""
     require_service("sshd", sshd_binary())
-    for lines, expected in (
-        (["ForceCommand exit 7"], "host-shell"),
-        (['ForceCommand /bin/sh -c "$SSH_ORIGINAL_COMMAND"'], "host-sftp"),
+    shell = 'ForceCommand {} /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
+    for command, mode, expected in (
+        ("ForceCommand exit 7", "auto", {"host-shell": "error"}),
+        (shell.format("exec"), "auto", {"host": "ok"}),
+        (shell.format("exec"), "channel", {"host-sftp": "warning"}),
+        (shell.format("PATH=/nowhere"), "auto", {"host-helper": "info", "host-sftp": "warning"}),
+        (shell.format("PATH=/nowhere"), "helper", {"host-helper": "error", "host-sftp": "warning"}),
     ):
-        with OpenSshd(tmp_path / expected, extra_config=lines) as server:
-            assert expected in of_hosts(rule(server, username=server.info.username))
+        with OpenSshd(tmp_path / f"{mode}{len(expected)}{len(command)}", extra_config=[command]) as server:
+            found = of_hosts(rule(server, username=server.info.username, exec_mode=mode))
+        assert {code: f.level for code, f in found.items() if code != "hosts-file"} == expected
+    assert "python3" in found["host-helper"].what
 
 
 def test_an_agent_that_is_not_installed_is_found(of_hosts: Any, tmp_path: Path) -> None:

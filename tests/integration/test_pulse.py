@@ -296,7 +296,7 @@ def test_a_server_with_too_few_sessions(tmp_path, sessions, caplog):
     require_service("sshd", sshd_binary())
     with (
         OpenSshd(tmp_path / "sshd", max_sessions=sessions) as server,
-        Rig("ssh", tmp_path, server.info) as rig,
+        Rig("ssh-channel", tmp_path, server.info) as rig,
         caplog.at_level(logging.WARNING, "pool"),
     ):
         backend = trusted(rig)
@@ -310,7 +310,7 @@ def test_a_server_with_too_few_sessions(tmp_path, sessions, caplog):
 def test_commands_and_files_fill_the_sessions_that_the_pulse_leaves(tmp_path):
     """Three sessions: the pulse, the files, one command at a time; the pulse is kept."""
     require_service("sshd", sshd_binary())
-    with OpenSshd(tmp_path / "sshd", max_sessions=3) as server, Rig("ssh", tmp_path, server.info) as rig:
+    with OpenSshd(tmp_path / "sshd", max_sessions=3) as server, Rig("ssh-channel", tmp_path, server.info) as rig:
         backend = trusted(rig)
         backend.write("file", "x")
         running = [Running(backend, f"sleep 0.1; echo {number}") for number in range(10)]

@@ -28,11 +28,12 @@ from tests.support.waiting import wait_until
 
 OPENSSH = pytest.param("openssh", marks=pytest.mark.openssh)
 KINDS = ["loopback", OPENSSH]
+BY_CHANNEL = pytest.param("openssh-channel", marks=pytest.mark.openssh)
 
 
 @contextmanager
 def serving(kind, folder, **options):
-    if kind == "openssh":
+    if kind.startswith("openssh"):
         require_service("sshd", sshd_binary())
         with OpenSshd(folder / "sshd", **options) as server:
             yield server
@@ -81,15 +82,16 @@ def rig(server, tmp_path):
         yield rig
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, BY_CHANNEL])
 def make(request, tmp_path):
     """A server of the test's own, to be broken: ``with make(**options) as (server, rig)``."""
+    mode = "ssh-channel" if request.param.endswith("-channel") else "ssh"
 
     @contextmanager
     def make(**options):
         with (
             serving(request.param, tmp_path / "server", **options) as server,
-            Rig("ssh", tmp_path, server.info) as rig,
+            Rig(mode, tmp_path, server.info) as rig,
         ):
             yield server, rig
 
@@ -172,7 +174,7 @@ def test_a_port_where_something_else_listens(answer):
         try:
             with no_leaks():
                 backend = RemoteFilesystemBackend(
-                    "127.0.0.1", port=stranger.getsockname()[1], username="u", insecure=True, connect_timeout=10
+                    "127.0.0.1", port=stranger.getsockname()[1], username="u", insecure=True, connect_timeout=2
                 )
                 with pytest.raises(BackendUnavailable) as caught:
                     backend.exec("true")
@@ -305,11 +307,11 @@ def test_files_after_a_cut_connection(make):
         assert backend.exec("cat file").stdout == "y"
 
 
+@pytest.mark.parametrize("make", ["openssh", "openssh-channel"], indirect=True)
 @pytest.mark.openssh
-def test_a_file_server_that_died_alone(tmp_path):
-    """The operation under way fails, later ones work, on the same connection."""
-    require_service("sshd", sshd_binary())
-    with OpenSshd(tmp_path / "sshd") as server, Rig("ssh", tmp_path, server.info) as rig:
+def test_a_file_server_that_died_alone(make):
+    """The operation under way fails, later ones work, on the same connection; the server is SFTP's, or the helper."""
+    with make() as (server, rig):
         backend = rig.backend()
         backend.write("file", "x")
         logins = rig.logins()
@@ -372,6 +374,7 @@ def test_more_commands_than_max_sessions(make, sessions):
         assert rig.logins() == 1
 
 
+@pytest.mark.parametrize("make", ["loopback-channel", BY_CHANNEL], indirect=True)
 def test_one_session_does_not_do_for_files_and_commands(make):
     """A clear error, not a wait for ever, when the file channel has taken the only session."""
     with make(max_sessions=1) as (_server, rig):
@@ -460,7 +463,7 @@ kind(**config).exec(command, env={"A": "1"})
 """
 
 
-@pytest.mark.parametrize("kind", ["local", *KINDS])
+@pytest.mark.parametrize("kind", ["local", *KINDS, BY_CHANNEL])
 def test_a_killed_worker_leaves_no_command(kind, request, tmp_path):
     """After kill -9 of the worker, what it ran ends: silent, in the background or deaf to TERM."""
     with no_leaks():
@@ -475,6 +478,7 @@ def test_a_killed_worker_leaves_no_command(kind, request, tmp_path):
                 "username": info.username,
                 "client_keys": str(info.client_key),
                 "known_hosts": str(info.known_hosts),
+                "exec_mode": "channel" if kind.endswith("-channel") else "helper",
             }
             killed_worker(Rig("ssh", tmp_path, info), config)
 

@@ -18,6 +18,7 @@ SAMPLES = [
     errors.BackendClosed("closed"),
     errors.CommandFailed("exit code 3", 3, "the end of stderr: \u65e5"),
     errors.CommandTimeout("too long", 2.5, "tail"),
+    errors.CommandLost("nobody knows"),
     errors.TaskCancelled("somebody had enough"),
     errors.TurnFailed("agent died", "died", "the end of stderr"),
     errors.TurnTimeout("cancelled after 1 s", "timeout", "so far"),

@@ -31,7 +31,7 @@ from pool.errors import (
 )
 from pool.manager import DEFAULT_AGENT
 from pool.runtime import loop_thread
-from tests.support.fakes import Farm, TickingFarm
+from tests.support.fakes import FakeBackend, Farm, TickingFarm
 from tests.support.waiting import wait_until
 
 ROOT = Path(package.__file__).parents[1]
@@ -541,6 +541,22 @@ def test_a_cancelled_close_key_still_closes(farm, pools):
 
 
 # -- config
+
+
+class Curious(FakeBackend):
+    """Looks at what the pool told it, while it connects."""
+
+    async def open(self):
+        self.told = (self.pool_key, self.open_clock is not None and not self.open_clock.expired())
+        await super().open()
+
+
+def test_a_backend_knows_its_key_and_the_limit_of_its_connect(farm, pools):
+    """Whoever connects can be fair between keys, and have the limit stand still; afterwards there is none."""
+    pool = pools(lambda **config: Curious(farm, config))
+    with pool.backend("u1") as backend, pool.backend(None) as keyless:
+        assert (backend.told, keyless.told) == (("u1", True), ("", True))
+        assert backend.open_clock is None
 
 
 def test_a_config_is_laid_over_the_default(farm, pools):

@@ -9,7 +9,7 @@ import pool
 
 SURFACE = """
     AcquireTimeout AgentBackend Backend BackendClosed BackendPoolManager BackendStatus BackendUnavailable
-    Borrowed CHAT_LANE Capabilities ChatTurn CommandFailed CommandTimeout ConfigError ExecResult FileMissing
+    Borrowed CHAT_LANE Capabilities ChatTurn Claim CommandFailed CommandLost CommandTimeout ConfigError ExecResult FileMissing
     FileOperationFailed FileStat GroupLimit InvalidKey LocalFilesystemBackend MemoryBackend NotOwner
     Observer PathEscapeError Piece PoolConfig PoolError PoolExhausted PoolStats PooledTask RemoteFilesystemBackend SHARED
     ScopedBackend Settings Step TaskCancelled Turn TurnFailed TurnTimeout afollow cancel_turn check_key check_prompt
