@@ -10,6 +10,7 @@ import logging
 import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Protocol
@@ -29,8 +30,6 @@ START_TIMEOUT = 5.0
 """Seconds for the host's python3 to begin; one that takes longer counts as none."""
 _KILL_PATIENCE = wire.KILL_GRACE + 5.5
 """Seconds for the helper to report that a killed command is gone; it has 5 s itself to make sure."""
-_NOISE = 1 << 20
-"""Bytes that a login shell's start-up files may write before the helper has its say."""
 
 
 class NoHelper(Exception):
@@ -70,6 +69,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         self.how = ""
         """How the program ended, as the server tells; "" while it runs, and when the connection was lost."""
         self._closing = False
+        self._why: Exception | None = None  # it ended by itself
         self.told: dict[int, bytes] = {}
         """Processes of the commands that run, as the helper told of them."""
 
@@ -163,8 +163,8 @@ class Helper(asyncssh.SSHClientSession[bytes]):
     async def _kill(self, running: "_Running") -> None:
         """End it, and return when it is gone."""
         running.detach()
-        if running.number in self._calls and not self.closed:
-            self._send(wire.KILL, running.number)
+        if running.number in self._calls:
+            self._tell(wire.KILL, running.number)
         done, _ = await asyncio.wait({running.ended}, timeout=_KILL_PATIENCE)
         if done:
             running.ended.exception()  # nobody asks any more
@@ -184,8 +184,8 @@ class Helper(asyncssh.SSHClientSession[bytes]):
                 await transfer.send(content)
             return await transfer.ended
         finally:
-            if self._calls.pop(number, None) and not self.closed:  # cancelled: it goes on, or gives up, without us
-                self._send(wire.KILL, number)
+            if self._calls.pop(number, None):  # cancelled: it goes on, or gives up, without us
+                self._tell(wire.KILL, number)
 
     async def ping(self) -> None:
         """Return when it has answered."""
@@ -196,7 +196,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
     def _open(self, call: _Call, kind: int, payload: bytes, content: bytes | None = None) -> int:
         """Begin a call; *content* is all of its input."""
         if self.closed:
-            raise self._lost(None)
+            raise self._lost(self._why)
         self._number += 1
         frames = wire.frame(kind, self._number, payload)
         if content:
@@ -213,16 +213,22 @@ class Helper(asyncssh.SSHClientSession[bytes]):
     def _send(self, kind: int, number: int, payload: bytes = b"") -> None:
         self._channel.write(wire.frame(kind, number, payload))
 
+    def _tell(self, kind: int, number: int, payload: bytes = b"") -> None:
+        """Send it, unless the channel is closed or about to be: then all calls get to know in `connection_lost`."""
+        if not self.closed:
+            with suppress(OSError):
+                self._send(kind, number, payload)
+
     def give_credit(self, number: int, count: int) -> None:
         """Let the helper send *count* bytes more."""
-        if number in self._calls and not self.closed:
-            self._send(wire.CREDIT, number, wire.COUNT.pack(count))
+        if number in self._calls:
+            self._tell(wire.CREDIT, number, wire.COUNT.pack(count))
 
     def send_input(self, number: int, data: bytes) -> None:
         """Send a piece of content; ``b""`` is its end."""
         if self.closed:
-            raise self._lost(None)
-        self._send(wire.INPUT, number, data)
+            raise self._lost(self._why)
+        self._tell(wire.INPUT, number, data)
 
     # -- called by asyncssh
 
@@ -236,13 +242,14 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             self._parse(data)
         else:
             self._unread += data
-            _, found, rest = self._unread.partition(wire.mark(self._token))
+            mark = wire.mark(self._token)
+            _, found, rest = self._unread.partition(mark)
             if found:
                 self._unread = b""
                 self._greeted.set_result(None)
                 self._parse(rest)
             else:
-                self._unread = self._unread[-_NOISE:]
+                self._unread = self._unread[-len(mark) :]
 
     def _parse(self, data: bytes) -> None:
         at = 0
@@ -301,7 +308,8 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             self._greeted.exception()
             return
         calls, self._calls = self._calls, {}
-        error = self._lost(exc or (None if self._closing else EOFError(self._reason("its helper ended"))))
+        self._why = exc or (None if self._closing else EOFError(self._reason("its helper ended")))
+        error = self._lost(self._why)
         for call in calls.values():
             call.lost(error)
         if not self._closing:

@@ -131,12 +131,16 @@ class Launcher:
             starting.exception()  # told to whoever waits; it may be nobody
 
     def _ended(self, helper: Helper) -> None:
-        """The helper ended by itself. If it was killed, what it ran goes on, until the next one, begun now, ends it."""
+        """The helper ended by itself. If it was killed, what it ran goes on, until the next one, begun now, ends it.
+
+        Without anything to end, the next is begun when it is wanted: one that dies at once is not begun for ever.
+        """
         self._left = list(helper.told.values())
         if not helper.how or helper.how == _IN_ORDER or self._connection.is_closed() or self._closed:
             return
-        logger.warning("%s: the helper ended (%s); starting another", self._where[0], helper.how)
-        self._begin()
+        logger.warning("%s: the helper ended (%s)", self._where[0], helper.how)
+        if self._left:
+            self._begin()
 
     async def _stand(self, helper: Helper, claim_of: Callable[[], Claim | None]) -> None:
         """Have the helper claim the root under the present epoch, if it has not: older owners are ended there.

@@ -42,6 +42,12 @@ class Call:
         return int(self.payload.split()[0])
 
     @property
+    def content(self) -> bytes:
+        """What was read of a file: the last piece is the result."""
+        assert self.kind == wire.DONE, (self.kind, self.payload)
+        return bytes(self.out) + self.payload
+
+    @property
     def usage(self) -> tuple[float, int]:
         """CPU seconds, and the largest RSS in bytes."""
         _, seconds, size = self.payload.split()

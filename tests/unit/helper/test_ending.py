@@ -92,8 +92,8 @@ def below(program):
 
 def test_a_daemon_of_another_command_is_spared(program, tmp_path):
     """Two at a time: whose the orphans are cannot be told, so they live."""
-    program.exec(f"read x < fifo; {daemon('pid')}; sleep 1000", [str(tmp_path)])
     os.mkfifo(tmp_path / "fifo")
+    program.exec(f"read x < fifo; {daemon('pid')}; sleep 1000", [str(tmp_path)])
     second = program.exec("sleep 1000")
     program.wait_told(second)
     (tmp_path / "fifo").write_text("go\n")
@@ -252,8 +252,8 @@ def test_a_sweep_spares_a_process_that_got_the_number(program):
 def test_a_sweep_finds_the_session_of_a_leader_that_has_gone(program, tmp_path):
     """Its number cannot have been given to another while the session lives."""
     helper = Program().__enter__()
-    number = helper.exec("sleep 1000 & echo $! > pid; read x < fifo", [str(tmp_path)])
     os.mkfifo(tmp_path / "fifo")
+    number = helper.exec("sleep 1000 & echo $! > pid; read x < fifo", [str(tmp_path)])
     told = helper.wait_told(number)
     pid = wait_pid(tmp_path / "pid")
     (tmp_path / "fifo").write_text("go\n")

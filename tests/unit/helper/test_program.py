@@ -143,8 +143,8 @@ def test_bytes_that_look_like_frames_stay_output(program):
 
 def test_a_command_that_closes_its_output_goes_on(program, tmp_path):
     """Its end is its process's end, not its output's."""
-    number = program.exec("exec >&- 2>&-; echo $$ > pid; read x < fifo; echo $x > got; exit 5", [str(tmp_path)])
     os.mkfifo(tmp_path / "fifo")
+    number = program.exec("exec >&- 2>&-; echo $$ > pid; read x < fifo; echo $x > got; exit 5", [str(tmp_path)])
     wait_pid(tmp_path / "pid")
     assert program.calls[number].kind == 0
     (tmp_path / "fifo").write_text("go\n")
@@ -232,8 +232,8 @@ def sleepers(program):
 def test_a_command_that_waits_can_be_given_up(tmp_path):
     """It is never started."""
     with Program(limit_files=64) as program:
-        numbers = [program.exec("read x < fifo", [str(tmp_path)]) for _ in range(60)]
         os.mkfifo(tmp_path / "fifo")
+        numbers = [program.exec("read x < fifo", [str(tmp_path)]) for _ in range(60)]
         last = program.exec("echo ran > ran", [str(tmp_path)])
         program.send(wire.KILL, last)
         assert program.wait(last).code == 128 + signal.SIGTERM

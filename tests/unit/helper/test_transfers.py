@@ -33,7 +33,7 @@ def test_all_operations(program, tmp_path):
     file = tmp_path / "folder" / "file"
     assert write(program, file, tmp_path, b"content").kind == wire.DONE
     assert file.read_bytes() == b"content"
-    assert program.operate("read", file, tmp_path).out == b"content"
+    assert program.operate("read", file, tmp_path).content == b"content"
     size, mtime, mode = program.operate("stat", file, tmp_path).payload.split()
     status = file.stat()
     assert (int(size), int(mode)) == (7, status.st_mode)
@@ -54,7 +54,7 @@ def test_ten_megabytes_each_way(program, tmp_path):
     """Byte for byte, against credit."""
     assert write(program, tmp_path / "big", tmp_path, BIG).kind == wire.DONE
     assert (tmp_path / "big").read_bytes() == BIG
-    assert bytes(program.operate("read", tmp_path / "big", tmp_path).out) == BIG
+    assert program.operate("read", tmp_path / "big", tmp_path).content == BIG
 
 
 def test_many_at_once(program, tmp_path):
@@ -69,7 +69,7 @@ def test_many_at_once(program, tmp_path):
         program.send(wire.INPUT, number)
     assert {program.wait(number).kind for number in numbers} == {wire.DONE}
     reads = [program.file("read", tmp_path / f"f{index}", tmp_path) for index in range(50)]
-    assert [program.wait(number).out for number in reads] == [b"%d" % index for index in range(50)]
+    assert [program.wait(number).content for number in reads] == [b"%d" % index for index in range(50)]
 
 
 def test_a_reader_without_credit_holds_nobody_up(program, tmp_path):
@@ -81,11 +81,11 @@ def test_a_reader_without_credit_holds_nobody_up(program, tmp_path):
     while len(program.calls[number].out) < wire.WINDOW:
         program.pump()
     for _ in range(10):
-        assert program.operate("read", tmp_path / "small", tmp_path).out == b"x"
+        assert program.operate("read", tmp_path / "small", tmp_path).content == b"x"
     assert len(program.calls[number].out) == wire.WINDOW
     program.credit = True
     program.send(wire.CREDIT, number, wire.COUNT.pack(wire.WINDOW))
-    assert bytes(program.wait(number).out) == BIG
+    assert program.wait(number).content == BIG
 
 
 def test_a_write_that_is_given_up_leaves_nothing(program, tmp_path):
@@ -141,7 +141,7 @@ def test_a_channel_that_is_closed_in_the_middle_of_a_write(program, tmp_path):
 def test_a_pipe_has_no_content_to_wait_for(program, tmp_path):
     """Reading one fails, or finds it empty, at once."""
     os.mkfifo(tmp_path / "fifo")
-    assert program.operate("read", tmp_path / "fifo", tmp_path).out == b""
+    assert program.operate("read", tmp_path / "fifo", tmp_path).content == b""
     with open(os.open(tmp_path / "fifo", os.O_RDWR), "wb"):
         assert program.operate("read", tmp_path / "fifo", tmp_path).failure[:2] == [b"os", b"%d" % errno.EAGAIN]
 
