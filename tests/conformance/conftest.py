@@ -13,7 +13,7 @@ from tests.support.rigs import Rig
 from tests.support.services import require_service
 
 OPENSSH = [pytest.param(kind, marks=pytest.mark.openssh) for kind in ("openssh", "openssh-channel")]
-SSH = ["loopback", "loopback-channel", *OPENSSH]
+SSH = ["loopback", *OPENSSH]
 SHELLS = ["local", *SSH]
 CHANNELS = ["loopback-channel", OPENSSH[1]]
 """The kinds whose commands have a channel each."""
