@@ -47,9 +47,7 @@ class BackendPoolManager(Generic[B]):
     keys; None, and no function at all: without limit. A remote host ends, by itself, what a process that is frozen or
     cut off has running there when that time is over (``pool/backends/pulse.py``).
 
-    *claim_for* a key returns under which epoch this process owns it; None: nobody owns it. A host that can keeps the
-    newest one, ends what older ones run in the same root, and refuses them with `NotOwner` (``pool/helper/fence.py``).
-
+    *claim_for* a key returns under which epoch this process owns it, or None. A host that can refuses older ones.
     *observer* hears of what happens; None: the steps in the lives of backends go to the log.
 
     One pool belongs to one process. Raises `ConfigError` for settings that break a rule.
@@ -480,9 +478,8 @@ class BackendPoolManager(Generic[B]):
         self.stop_reaper()
         deadline = monotonic() + grace
         with self._lock:
-            self._quiet.wait_for(
-                lambda: not self._in_use(), min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
-            )
+            left = min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
+            self._quiet.wait_for(lambda: not self._in_use(), left)
             effects = []
             rest = self._life.close_rest(monotonic(), effects)
         if busy := [entry for entry in rest if entry.users]:
