@@ -118,9 +118,10 @@ def test_a_daemon_of_an_earlier_command_is_spared(program, tmp_path):
 def test_an_orphan_of_an_earlier_command_is_spared_when_it_gets_one_late(program, tmp_path):
     """It was born before the command that is killed now, and lost its parent while that runs."""
     os.mkfifo(tmp_path / "fifo")
-    inner = "sh -c 'exec >/dev/null 2>&1; sleep 1000 & echo $! > pid; read x < fifo' >/dev/null 2>&1 &"
+    inner = "sh -c 'exec >/dev/null 2>&1; setsid sleep 1000 & echo $! > pid; read x < fifo' >/dev/null 2>&1 &"
     program.run(f"setsid {inner} while [ ! -e pid ]; do sleep 0.01; done", [str(tmp_path)])
     pid = wait_pid(tmp_path / "pid")
+    program.run("sleep 0.05")  # the clock of processes has ticks of 10 ms
     number = program.exec("sleep 1000")
     program.wait_told(number)
     (tmp_path / "fifo").write_text("go\n")

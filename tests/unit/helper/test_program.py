@@ -193,11 +193,18 @@ def test_a_channel_that_nobody_reads_fills_no_memory(program):
     numbers = [program.exec("yes") for _ in range(8)]
     wait_until(lambda: len(psutil.Process(program.pid).children()) == 8, "all run")
     for number in numbers:
-        program.send(wire.CREDIT, number, wire.COUNT.pack(1 << 30))
+        program.send(wire.CREDIT, number, wire.COUNT.pack(64 << 20))
+    used = []
+
+    def still():
+        used.append(psutil.Process(program.pid).cpu_times()[:2])
+        return len(used) > 20 and used[-1] == used[-20]
+
+    wait_until(still, "it has taken what it takes")
+    assert psutil.Process(program.pid).memory_info().rss - before < 20 << 20
     for number in numbers:
         program.send(wire.KILL, number)
     wait_until(lambda: not psutil.Process(program.pid).children(), "all are ended")
-    assert psutil.Process(program.pid).memory_info().rss - before < 20 << 20
     assert {program.wait(number).code for number in numbers} == {128 + signal.SIGTERM}
 
 
