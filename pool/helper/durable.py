@@ -44,8 +44,18 @@ def boot() -> bytes:
 
 def open_folder(request: Request) -> int:
     """Open the folder, made if it is missing."""
-    path = os.path.join(request.root, FOLDER, request.name)
-    os.makedirs(path, 0o700, exist_ok=True)
+    return open_below(request.root, FOLDER, request.name)
+
+
+def open_below(root: bytes, *folders: bytes) -> int:
+    """Open a private folder below a root, made if it is missing; a root that is gone is not made again."""
+    path = root
+    for name in b"/".join(folders).split(b"/"):
+        path = os.path.join(path, name)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
 

@@ -27,9 +27,7 @@ def claim(root: bytes, scope: bytes, epoch: int) -> None:
 
     Raises `Stale`, and `OSError` when the fence cannot be kept.
     """
-    path = os.path.join(root, FOLDER, scope)
-    os.makedirs(path, 0o700, exist_ok=True)
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    folder = durable.open_below(root, FOLDER, scope)
     try:
         lock = os.open(b"lock", os.O_RDWR | os.O_CREAT, 0o600, dir_fd=folder)
         try:

@@ -339,3 +339,13 @@ def test_a_folder_that_cannot_be_made_is_no_lost_command(rig):
         backend.exec("echo in", durable="task-1")
     backend.rm(".pool/durable")
     assert backend.exec("echo in", durable="task-1").stdout == "in\n"
+
+
+def test_a_root_that_is_gone_is_not_made_again(rig):
+    """A request that comes late, from a worker that was killed, starts nothing where nothing is any more."""
+    backend = rig.backend()
+    backend.exec("true")
+    rig.root.rename(rig.root.with_name("moved"))
+    with pytest.raises(FileMissing):
+        backend.exec("true", durable="task-1")
+    assert not rig.root.exists()

@@ -22,7 +22,7 @@ OLD = {
     "os": set(
         "O_CREAT O_DIRECTORY O_EXCL O_NOFOLLOW O_NONBLOCK O_RDONLY O_RDWR O_TRUNC O_WRONLY"
         " WEXITSTATUS WIFEXITED WTERMSIG _exit chdir chmod close devnull"
-        " dup2 environb execve fork fsencode ftruncate getcwdb getpid getppid kill killpg listdir makedirs open path pipe pread read rename replace rmdir"
+        " dup2 environb execve fork fsencode ftruncate getcwdb getpid getppid kill killpg listdir makedirs mkdir open path pipe pread read rename replace rmdir"
         " set_blocking set_inheritable setsid stat stat_result strerror sysconf umask unlink urandom utime wait4 waitpid"
         " write WNOHANG".split()
     ),
