@@ -92,7 +92,7 @@ class Channels:
             deadline = monotonic() + _REFUSED_PATIENCE
             while True:
                 try:
-                    result = await opening()
+                    result = await _answered(connection, opening)
                 except asyncssh.ChannelOpenError as error:
                     if connection.is_closed():
                         raise
@@ -116,10 +116,10 @@ class Channels:
             self._give_back()
             raise
 
-    async def open_extra(self, opening: Callable[[], Awaitable[T]]) -> T:
+    async def open_extra(self, connection: asyncssh.SSHClientConnection, opening: Callable[[], Awaitable[T]]) -> T:
         """Ask once for an extra channel; `extra_closed` ends it. Raises asyncssh's errors."""
         # Like `start` in a task of its own: what was asked for before this call comes first, if there is one session.
-        result = await asyncio.ensure_future(opening())
+        result = await asyncio.ensure_future(_answered(connection, opening))
         self._opened += 1
         self._lasting += 1
         return result
@@ -154,6 +154,16 @@ class Channels:
         await self.granted(connection, opening)
         session.on_closed(self.closed)
         session.write(setup)
+
+
+async def _answered(connection: asyncssh.SSHClientConnection, opening: Callable[[], Awaitable[T]]) -> T:
+    """Await *opening*; a connection that ends in the middle of it is a lost one."""
+    try:
+        return await opening()
+    except AttributeError as error:  # asyncssh 2.24 forgets the session it is about to start
+        if connection.is_closed():
+            raise asyncssh.ConnectionLost("the connection ended while a channel was opened") from error
+        raise
 
 
 def _close_late(opening: "asyncio.Future[Any]") -> None:

@@ -114,7 +114,7 @@ class Pulse(asyncssh.SSHClientSession[bytes]):
         """
         line = f"exec {shlex.join(['/bin/sh', '-c', _SCRIPT, 'pool-pulse'])}"
         try:
-            await channels.open_extra(lambda: connection.create_session(lambda: self, line, encoding=None))
+            await channels.open_extra(connection, lambda: connection.create_session(lambda: self, line, encoding=None))
         except asyncssh.ChannelOpenError as error:
             if connection.is_closed():
                 raise

@@ -141,3 +141,21 @@ def test_a_refusal_of_a_dead_connection_is_told_at_once():
         await asyncio.wait_for(channels.granted(ALIVE, Server(1).open), 10)
 
     asyncio.run(main())
+
+
+def test_a_connection_that_ends_while_a_channel_is_opened_is_lost():
+    """asyncssh stumbles over it (an AttributeError); of a connection that lives it would be a bug, and is shown."""
+
+    async def stumble():
+        raise AttributeError("'NoneType' object has no attribute 'session_started'")
+
+    async def main():
+        for connection, error in ((DEAD, asyncssh.ConnectionLost), (ALIVE, AttributeError)):
+            channels = Channels(1)
+            with pytest.raises(error):
+                await channels.granted(connection, stumble)
+            with pytest.raises(error):
+                await channels.open_extra(connection, stumble)
+            await channels.granted(ALIVE, Server(1).open)
+
+    asyncio.run(main())
