@@ -273,13 +273,11 @@ class Workspace(ABC):
                     kept = Durable(durable, timeout, DURABLE_OUTPUT * self._driver.max_output)
                     code = await self._driver.run_durable(command, place, environment, capture, kept)
         except TimeoutError as error:
-            if timeout is None or not (clock.expired() or isinstance(error, DurableTimeout)):
+            if not (clock.expired() or isinstance(error, DurableTimeout)):
                 raise
-            raise CommandTimeout(
-                f"killed after {timeout:g} s: {_short(command)}{_quote_tail(capture.tail())}",
-                timeout,
-                capture.tail(),
-            ) from None
+            when = "when its time was over" if timeout is None else f"after {timeout:g} s"
+            tail = capture.tail()
+            raise CommandTimeout(f"killed {when}: {_short(command)}{_quote_tail(tail)}", timeout or 0.0, tail) from None
         result = capture.result(code, monotonic() - started, encoding)
         if check and code:
             tail = capture.tail()

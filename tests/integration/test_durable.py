@@ -151,8 +151,10 @@ def test_the_timeout_goes_on_while_nobody_follows(rig):
     backend.destroy()
     first.join()
     wait_gone(pid)
-    with pytest.raises(CommandTimeout):
+    with pytest.raises(CommandTimeout, match=r"killed after 1\.5 s"):
         rig.backend().exec("echo $$ > pid; sleep 1000", durable="task-1", timeout=1.5)
+    with pytest.raises(CommandTimeout, match="killed when its time was over"):
+        rig.backend().exec("echo $$ > pid; sleep 1000", durable="task-1")
 
 
 def test_a_cancel_ends_it(rig):
