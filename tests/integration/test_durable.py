@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -20,38 +19,9 @@ from pool.errors import (
     FileMissing,
     FileOperationFailed,
 )
-from pool.loopback_sshd import LoopbackSshd
-from tests.support.leaks import no_leaks
-from tests.support.openssh import OpenSshd, sshd_binary
 from tests.support.processes import wait_gone, wait_pid
 from tests.support.rigs import Rig
-from tests.support.services import require_service
 from tests.support.waiting import wait_until
-
-OPENSSH = pytest.param("openssh", marks=pytest.mark.openssh)
-
-
-@contextmanager
-def serving(kind, folder):
-    if kind == "openssh":
-        require_service("sshd", sshd_binary())
-        with OpenSshd(folder / "sshd") as server:
-            yield server
-    else:
-        with LoopbackSshd(folder / "sshd", home=folder / "home") as server:
-            yield server
-
-
-@pytest.fixture(scope="module", params=["loopback", OPENSSH])
-def server(request, tmp_path_factory):
-    with serving(request.param, tmp_path_factory.mktemp(request.param)) as server:
-        yield server
-
-
-@pytest.fixture
-def rig(server, tmp_path):
-    with no_leaks(), Rig("ssh", tmp_path, server.info) as rig:
-        yield rig
 
 
 class Running:

@@ -9,32 +9,9 @@ import pytest
 
 from pool.backends.base import Claim
 from pool.errors import BackendUnavailable, NotOwner
-from pool.loopback_sshd import LoopbackSshd
 from pool.manager import BackendPoolManager
-from tests.support.leaks import no_leaks
-from tests.support.openssh import OpenSshd, sshd_binary
 from tests.support.processes import is_gone, wait_gone, wait_pid
-from tests.support.rigs import Rig
-from tests.support.services import require_service
 from tests.support.waiting import wait_until
-
-
-@pytest.fixture(scope="module", params=["loopback", pytest.param("openssh", marks=pytest.mark.openssh)])
-def server(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "openssh":
-        require_service("sshd", sshd_binary())
-        with OpenSshd(folder / "sshd") as server:
-            yield server
-    else:
-        with LoopbackSshd(folder / "sshd", home=folder / "home") as server:
-            yield server
-
-
-@pytest.fixture
-def rig(server, tmp_path):
-    with no_leaks(), Rig("ssh", tmp_path, server.info) as rig:
-        yield rig
 
 
 def owner(rig, epoch, key="acme"):

@@ -26,9 +26,9 @@ from tests.support.openssh import OpenSshd, sshd_binary
 from tests.support.processes import is_gone, wait_gone, wait_pid
 from tests.support.rigs import Rig
 from tests.support.services import require_service
+from tests.support.ssh_servers import KINDS
 from tests.support.waiting import wait_until
 
-KINDS = ["loopback", pytest.param("openssh", marks=pytest.mark.openssh)]
 PYTHON = shutil.which("python3", path="/usr/bin:/bin:/usr/local/bin") or sys.executable
 
 
@@ -264,12 +264,6 @@ def server(request, tmp_path_factory):
     """A healthy server, shared by the tests that leave it so."""
     with serving(request.param, tmp_path_factory.mktemp(request.param) / "sshd", max_sessions=2) as server:
         yield server
-
-
-@pytest.fixture
-def rig(server, tmp_path):
-    with no_leaks(), Rig("ssh", tmp_path, server.info) as rig:
-        yield rig
 
 
 def helpers(backend):

@@ -18,28 +18,15 @@ import pytest
 from pool.backends.base import BackendStatus
 from pool.backends.ssh import RemoteFilesystemBackend
 from pool.errors import BackendUnavailable, CommandFailed, CommandTimeout, ConfigError, FileOperationFailed
-from pool.loopback_sshd import LoopbackSshd
 from tests.support.leaks import no_leaks
 from tests.support.openssh import OpenSshd, sshd_binary
 from tests.support.processes import wait_gone, wait_pid
 from tests.support.rigs import Rig
 from tests.support.services import require_service
+from tests.support.ssh_servers import KINDS, serving
 from tests.support.waiting import wait_until
 
-OPENSSH = pytest.param("openssh", marks=pytest.mark.openssh)
-KINDS = ["loopback", OPENSSH]
 BY_CHANNEL = pytest.param("openssh-channel", marks=pytest.mark.openssh)
-
-
-@contextmanager
-def serving(kind, folder, **options):
-    if kind.startswith("openssh"):
-        require_service("sshd", sshd_binary())
-        with OpenSshd(folder / "sshd", **options) as server:
-            yield server
-    else:
-        with LoopbackSshd(folder / "sshd", home=folder / "home", **options) as server:
-            yield server
 
 
 def freeze(server):
@@ -67,19 +54,6 @@ def cut(server):
         server.stop()
         server._command = [f"--port={port}" if part.startswith("--port=") else part for part in server._command]
         server.start()
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def server(request, tmp_path_factory):
-    """A healthy server, shared by the tests that leave it so."""
-    with serving(request.param, tmp_path_factory.mktemp(request.param)) as server:
-        yield server
-
-
-@pytest.fixture
-def rig(server, tmp_path):
-    with no_leaks(), Rig("ssh", tmp_path, server.info) as rig:
-        yield rig
 
 
 @pytest.fixture(params=[*KINDS, BY_CHANNEL])
