@@ -100,8 +100,8 @@ class _Keeper:
         events.register(self._woken, select.POLLIN)
         for descriptor in command.outputs:
             events.register(descriptor, select.POLLIN)
+        self._reap()  # it may have ended before the pipe was there that tells; later the pipe is read before the look
         while command.code is None or command.outputs:
-            self._reap()
             for descriptor, _ in events.poll(self._timeout()):
                 if descriptor == self._woken:
                     os.read(self._woken, 4096)
@@ -109,9 +109,9 @@ class _Keeper:
                     events.unregister(descriptor)
                     os.close(descriptor)
                     del command.outputs[descriptor]
+            self._reap()
             if self._end_it():
                 break
-        self._reap()
         code = 128 + signal.SIGKILL if command.code is None else command.code
         seconds, size = command.usage
         timeout = b" timeout" if self._timed_out else b""

@@ -321,3 +321,12 @@ def test_a_root_that_is_gone_is_not_made_again(rig):
     with pytest.raises(FileMissing):
         backend.exec("true", durable="task-1")
     assert not rig.root.exists()
+
+
+def test_the_first_commands_of_new_connections_end(rig):
+    """A short command may have ended before its keeper looks, or close its output before it ends."""
+    for number in range(12):
+        backend = rig.backend()
+        for command in ("true", "exec >&- 2>&-; sleep 0.01"):
+            assert backend.exec(command, durable=f"{len(command)}-{number}", timeout=30).exit_code == 0
+        backend.destroy()
