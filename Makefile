@@ -9,7 +9,7 @@ JOBS ?= 2
 AGENTS_DIR := $(or $(POOL_AGENTS_DIR),.pool/agents)
 NPM_AGENTS := @zed-industries/codex-acp@0.16.0 opencode-linux-x64@1.18.33
 
-# agent-backend from npm, for the benchmarks that have it as a peer. POOL_PEERS_DIR names another place for it.
+# More peers for the benchmarks: Python libraries, and agent-backend from npm. POOL_PEERS_DIR names another place for it.
 PEERS_DIR := $(or $(POOL_PEERS_DIR),.pool/peers)
 NPM_PEERS := agent-backend@0.13.2
 
@@ -48,7 +48,8 @@ $(AGENTS_DIR)/.installed: Makefile
 	npm install --prefix $(AGENTS_DIR) --no-save --no-package-lock --no-audit --no-fund --loglevel=error $(NPM_AGENTS)
 	@touch $@
 
-peers: $(PEERS_DIR)/.installed
+peers: $(VENV)/.full $(PEERS_DIR)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS),peers]"
 
 $(PEERS_DIR)/.installed: Makefile
 	@command -v npm >/dev/null || { echo "npm is needed for agent-backend's daemon and TypeScript client"; exit 1; }
