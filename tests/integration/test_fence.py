@@ -120,6 +120,7 @@ def test_a_helper_that_hangs_is_killed_with_what_it_runs(rig, server):
     (rig.root / "go").touch()
     for each in (thread, keeper):
         each.join(30)
+    wait_gone(kept)
 
 
 def test_a_newer_epoch_of_the_same_node_goes_on(rig):
