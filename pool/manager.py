@@ -47,9 +47,8 @@ class BackendPoolManager(Generic[B]):
     keys; None, and no function at all: without limit. A remote host ends, by itself, what a process that is frozen or
     cut off has running there when that time is over (``pool/backends/pulse.py``).
 
-    *claim_for* a key returns under which epoch this process owns it, or None. A host that can refuses older ones.
+    *claim_for* a key returns under which epoch this process owns it, or None: a host that can refuses older ones.
     *observer* hears of what happens; None: the steps in the lives of backends go to the log.
-
     One pool belongs to one process. Raises `ConfigError` for settings that break a rule.
     """
 

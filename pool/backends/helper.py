@@ -11,16 +11,16 @@ import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Any
 
 import asyncssh
 
 from pool.backends.channels import Channels
-from pool.backends.output import Capture, HeadTail, Stream
-from pool.backends.workspace import Durable, DurableTimeout, Place
-from pool.errors import CommandLost, ConfigError, FileOperationFailed, PathEscapeError, PoolError
+from pool.backends.helper_calls import Answer, Call, Ping, Running, Transfer
+from pool.backends.output import Capture, HeadTail
+from pool.backends.workspace import Durable, Place
+from pool.errors import PoolError
 from pool.helper import wire
 from pool.helper.bundle import BOOT, bundle
 
@@ -36,19 +36,6 @@ class NoHelper(Exception):
     """The host cannot run one; the text says why."""
 
 
-class _Call(Protocol):
-    """What goes on under one number."""
-
-    def feed(self, kind: int, data: bytes) -> None:
-        """Take a piece of output, or of a file."""
-
-    def answer(self, kind: int, payload: bytes) -> None:
-        """Take any other frame."""
-
-    def lost(self, error: Exception) -> None:
-        """No more will come."""
-
-
 class Helper(asyncssh.SSHClientSession[bytes]):
     """A running helper. *lost* makes of a reason the error that users of a broken connection get to see."""
 
@@ -62,7 +49,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         self._unread = b""
         self._rest: tuple[int, int, int] | None = None  # of an output frame that came in part: kind, number, bytes
         self._stderr = HeadTail(4096)
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call[Any]] = {}
         self._number = 0
         self.epoch = -1
         """Under which it has claimed its root; -1: it has not."""
@@ -152,7 +139,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         if durable is not None:
             kind, digest = wire.DURABLE, sha256(repr((command, chain)).encode("utf-8", "surrogateescape")).hexdigest()
             texts = [durable.name, digest, str(durable.keep), str(durable.timeout or 0.0), *texts]
-        running = _Running(self, command, chain[-1], capture)
+        running = Running(self, command, chain[-1], capture)
         running.number = self._open(running, kind, "\0".join(texts).encode("utf-8", "surrogateescape"))
         try:
             return await asyncio.shield(running.ended)
@@ -160,7 +147,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             await self._kill(running)
             raise
 
-    async def _kill(self, running: "_Running") -> None:
+    async def _kill(self, running: Running) -> None:
         """End it, and return when it is gone."""
         running.detach()
         if running.number in self._calls:
@@ -172,9 +159,9 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             self._calls.pop(running.number, None)
             logger.warning("the helper did not report the end of a killed command within %g s", _KILL_PATIENCE)
 
-    async def operate(self, operation: str, path: str, *arguments: bytes, content: bytes | None = None) -> "Answer":
+    async def operate(self, operation: str, path: str, *arguments: bytes, content: bytes | None = None) -> Answer:
         """Do a file operation; *path* is for error messages. Raises `FileOperationFailed`, `PathEscapeError`."""
-        transfer = _Transfer(self, operation, path)
+        transfer = Transfer(self, operation, path)
         short = content is not None and len(content) <= wire.CHUNK  # in one piece: one packet, if that has room for it
         number = transfer.number = self._open(
             transfer, wire.FILE, wire.join(operation.encode(), *arguments), content if short else None
@@ -189,11 +176,11 @@ class Helper(asyncssh.SSHClientSession[bytes]):
 
     async def ping(self) -> None:
         """Return when it has answered."""
-        ping = _Ping()
+        ping = Ping(self)
         self._open(ping, wire.PING, b"")
         await ping.ended
 
-    def _open(self, call: _Call, kind: int, payload: bytes, content: bytes | None = None) -> int:
+    def _open(self, call: Call[Any], kind: int, payload: bytes, content: bytes | None = None) -> int:
         """Begin a call; *content* is all of its input."""
         if self.closed:
             raise self._lost(self._why)
@@ -311,155 +298,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         self._why = exc or (None if self._closing else EOFError(self._reason("its helper ended")))
         error = self._lost(self._why)
         for call in calls.values():
-            call.lost(error)
+            call.end(error)
         if not self._closing:
             self._closing = True
             self._on_end(self)
-
-
-class _Running:
-    """A command that runs."""
-
-    def __init__(self, helper: Helper, command: str, folder: str, capture: Capture) -> None:
-        self._helper = helper
-        self._command = command
-        self._folder = folder
-        self._capture = capture
-        self._consumed = 0
-        self.number = 0
-        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-    def feed(self, kind: int, data: bytes) -> None:
-        stream: Stream = "stdout" if kind == wire.OUT else "stderr"
-        self._capture.feed(stream, data)
-        self._consumed += len(data)
-        if not self._capture.full(self._give_credit) and self._consumed >= wire.CREDIT_AT:
-            self._give_credit()
-
-    def _give_credit(self) -> None:
-        consumed, self._consumed = self._consumed, 0
-        self._helper.give_credit(self.number, consumed)
-
-    def detach(self) -> None:
-        """Wait for no slow reader any more."""
-        self._capture.detach()
-
-    def answer(self, kind: int, payload: bytes) -> None:
-        if self.ended.done():
-            return
-        if kind == wire.GAP:
-            self._capture.skip(int(payload))
-            return
-        if kind == wire.EXIT:
-            code, seconds, size, *timeout = payload.split()
-            self._capture.usage = float(seconds), int(size)
-            if timeout:
-                self.ended.set_exception(DurableTimeout())
-            else:
-                self.ended.set_result(int(code))
-            return
-        what, *rest = (text.decode("utf-8", "surrogateescape") for text in payload.split(b"\0"))
-        if what == "toobig":
-            self._capture.feed("stderr", b"/bin/sh: Argument list too long\n")
-            self.ended.set_result(126)
-        elif what == "gone":
-            text = "the host was restarted, or what kept the command was killed; how it ended is not known"
-            self.ended.set_exception(CommandLost(f"{text}: {self._command[:80]}"))
-        elif what == "another":
-            text = f"durable: the name belongs to another command on this host, not to {self._command[:80]!r}"
-            self.ended.set_exception(ConfigError(text))
-        elif what == "cwd":
-            error = FileOperationFailed.of(2, "cwd", self._folder, "no such folder, or not accessible")
-            self.ended.set_exception(error)
-        elif what == "escape":
-            text = f"cwd {self._folder!r} leaves its root through a symlink, to {rest[0]!r}"
-            self.ended.set_exception(PathEscapeError(text))
-        else:
-            self.ended.set_exception(FileOperationFailed.of(int(rest[0]), "start of", self._command[:80]))
-
-    def lost(self, error: Exception) -> None:
-        if not self.ended.done():
-            self.ended.set_exception(error)
-
-
-@dataclass
-class Answer:
-    """What a file operation returned: its result, and the content of a file, of which that is the last piece."""
-
-    result: bytes
-    content: bytes
-
-
-class _Transfer:
-    """A file operation."""
-
-    def __init__(self, helper: Helper, operation: str, path: str) -> None:
-        self._helper = helper
-        self._operation, self._path = operation, path
-        self._pieces: list[bytes] = []
-        self._consumed = 0
-        self._credit = wire.WINDOW
-        self._more = asyncio.Event()
-        self.number = 0
-        self.ended: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-
-    async def send(self, content: bytes) -> None:
-        """Send *content* as the helper takes it, and its end; return at once when the operation has failed."""
-        view = memoryview(content)
-        while view and not self.ended.done():
-            if self._credit <= 0:
-                self._more.clear()
-                await self._more.wait()
-                continue
-            piece = bytes(view[: min(wire.CHUNK, self._credit)])
-            self._helper.send_input(self.number, piece)
-            self._credit -= len(piece)
-            view = view[len(piece) :]
-        if not self.ended.done():
-            self._helper.send_input(self.number, b"")
-
-    def feed(self, kind: int, data: bytes) -> None:  # noqa: ARG002
-        self._pieces.append(data)
-        self._consumed += len(data)
-        if self._consumed >= wire.CREDIT_AT:
-            self._helper.give_credit(self.number, self._consumed)
-            self._consumed = 0
-
-    def answer(self, kind: int, payload: bytes) -> None:
-        if kind == wire.CREDIT:
-            self._credit += wire.COUNT.unpack(payload)[0]
-        elif not self.ended.done():
-            if kind == wire.DONE:
-                self.ended.set_result(Answer(payload, b"".join([*self._pieces, payload])))
-            else:
-                self.ended.set_exception(self._error(payload))
-        self._more.set()
-
-    def _error(self, payload: bytes) -> PoolError:
-        what, *rest = (text.decode("utf-8", "surrogateescape") for text in payload.split(b"\0"))
-        if what == "outside":
-            return PathEscapeError(f"path {self._path!r} leaves the root through a symlink, to {rest[0]!r}")
-        if what == "os":
-            return FileOperationFailed.of(int(rest[0]), self._operation, self._path)
-        return FileOperationFailed.of(5, self._operation, self._path, ": ".join([what, *rest]))
-
-    def lost(self, error: Exception) -> None:
-        if not self.ended.done():
-            self.ended.set_exception(error)
-        self._more.set()
-
-
-class _Ping:
-    def __init__(self) -> None:
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def feed(self, kind: int, data: bytes) -> None:
-        """A ping has no output."""
-
-    def answer(self, kind: int, payload: bytes) -> None:  # noqa: ARG002
-        if not self.ended.done():
-            self.ended.set_result(None)
-
-    def lost(self, error: Exception) -> None:
-        if not self.ended.done():
-            self.ended.set_exception(error)

@@ -8,10 +8,12 @@ import sys
 
 from pool.helper import family, wire
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _ARGUMENT_LIMIT = 100000
-"""Bytes of a command; a longer one is read from a file. Linux takes at most 128 KiB in one argument, ..."""
-_SHELL_LIMIT = 120000
-"""... and a shell as its only one."""
+"""Bytes of a command; a longer one is read from a file. Linux takes at most 128 KiB in one argument."""
 
 _RESTORED = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 """Signals that Python, or the helper, ignores, and a command must not."""
@@ -49,7 +51,6 @@ class Command:
         "pid",
         "spared",
         "tick",
-        "told",
         "usage",
     )
 
@@ -64,7 +65,6 @@ class Command:
         self.over = None  # type: float | None
         self.due = 0.0
         self.tick = KILL_TICK
-        self.told = False
 
     def reaped(self, status: int, usage: "resource.struct_rusage") -> None:
         """Note how its first process ended."""
@@ -98,6 +98,18 @@ class Command:
             self.due = min(self.due, self.over)
         self.tick = min(KILL_TICKS, 2 * self.tick)
         return False
+
+
+def ended_children() -> "Iterator[tuple[int, int, resource.struct_rusage]]":
+    """Wait for the children that have ended: process, status, usage of each."""
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, status, usage
 
 
 def start(request: bytes, base: "dict[bytes, bytes]") -> "tuple[int, int, int]":

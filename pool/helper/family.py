@@ -165,15 +165,18 @@ def send(number: int, leader: int, family: "list[Process]", *, leads: bool) -> N
     for process in family:
         if not (leads and process.group == leader):
             _signal(os.kill, process.pid, number)
-            if number == signal.SIGTERM:
-                _signal(os.kill, process.pid, signal.SIGCONT)
-    if leads and number == signal.SIGTERM:  # who is stopped would not hear it
-        _signal(os.killpg, leader, signal.SIGCONT)
 
 
-def _signal(call: "object", target: int, number: int) -> None:
+def ask_to_end(pid: int) -> None:
+    """Send TERM to a process that may be gone by now."""
+    _signal(os.kill, pid, signal.SIGTERM)
+
+
+def _signal(call: "Callable[[int, int], None]", target: int, number: int) -> None:
     try:
-        call(target, number)  # type: ignore[operator]
+        call(target, number)
+        if number == signal.SIGTERM:
+            call(target, signal.SIGCONT)  # who is stopped would not hear it
     except OSError:  # gone, or another user's
         pass
 

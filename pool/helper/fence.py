@@ -6,6 +6,7 @@ them the commands that they run; durable commands go on, for the new owner goes 
 long as no newer epoch has claimed its root, so a command needs no look at the fence: that its helper runs is enough.
 """
 
+import errno
 import fcntl
 import os
 import signal
@@ -63,14 +64,15 @@ def _claim(root: bytes, folder: int, epoch: int) -> None:
 
 
 def _end(root: bytes, helper: durable.KeptBy) -> None:
-    """Have an older helper end what it runs, and itself; make sure of it."""
-    for number in (signal.SIGTERM, signal.SIGCONT):
-        os.kill(helper.pid, number)
+    """Have an older helper end what it runs, and itself; make sure of it. Raises `OSError` when that cannot be done."""
+    family.ask_to_end(helper.pid)
     until = time.monotonic() + _PATIENCE
     pause = 0.002
     while helper.lives():
         if time.monotonic() > until:
             _kill(root, helper)
+            if helper.lives():
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM))
             return
         time.sleep(pause)
         pause = min(0.05, 2 * pause)

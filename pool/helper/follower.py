@@ -1,9 +1,8 @@
 """Following a durable command: from the first byte of its output to its end, by whatever helper, as often as asked."""
 
 import os
-import signal
 
-from pool.helper import durable, wire
+from pool.helper import durable, family, wire
 
 _POLLS = 0.005, 0.1
 """Seconds between two looks at a folder: after news, and at most; they double."""
@@ -45,9 +44,11 @@ class Follower:
         trouble = self._meet()
         if trouble is not None:
             return [(wire.FAILED, trouble)] if trouble else []
+        assert self._keeper is not None
         if self._to_kill:
             self._to_kill = False
-            self._signal_keeper()
+            if self._keeper.lives():
+                family.ask_to_end(self._keeper.pid)
         ended = self._ended(now)  # before the output: what there is then is all of it
         frames = self._output()
         if frames:
@@ -68,12 +69,6 @@ class Follower:
             if self._keeper.digest != self._request.digest:
                 return b"another"
         return durable.read(self._folder, b"refused")
-
-    def _signal_keeper(self) -> None:
-        assert self._keeper is not None
-        if self._keeper.lives():
-            os.kill(self._keeper.pid, signal.SIGTERM)
-            os.kill(self._keeper.pid, signal.SIGCONT)
 
     def _ended(self, now: float) -> "bytes | None":
         """Return how the command ended; "" when nobody can tell any more, None while it runs."""

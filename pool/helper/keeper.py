@@ -141,13 +141,7 @@ class _Keeper:
         return bool(data)
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+        for pid, status, usage in commands.ended_children():
             if pid == self._command.pid:
                 self._command.reaped(status, usage)
 

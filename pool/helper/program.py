@@ -328,13 +328,7 @@ class Helper:
 
     def _reap(self) -> None:
         """Look which children have ended."""
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+        for pid, status, usage in commands.ended_children():
             command = self._by_pid.pop(pid, None)
             if command is None:
                 self._reaped_keeper(pid, status)

@@ -18,8 +18,8 @@ CREDIT = 3  # a number of bytes, COUNT (from both sides)
 KILL = 4  # end the command and all that it started; give the file operation up
 FILE = 5  # name of the operation NUL its arguments...
 PING = 6
-DURABLE = 8  # name NUL digest of the command NUL bytes of output to keep NUL seconds or 0 NUL an EXEC
 SWEEP = 7  # processes of a helper that is no more, as it told of them in STARTED, separated by NUL
+DURABLE = 8  # name NUL digest of the command NUL bytes of output to keep NUL seconds or 0 NUL an EXEC
 
 # From the helper.
 OUT = 65  # bytes of stdout, ...
@@ -28,8 +28,8 @@ EXIT = 67  # exit code (128 + n for a death by signal n) SPACE CPU seconds SPACE
 DONE = 68  # result of a file operation
 FAILED = 69  # name of an error NUL its arguments...
 PONG = 70
-GAP = 72  # bytes of output that are left out here
 STARTED = 71  # a command that takes longer: its process, and since when that runs
+GAP = 72  # bytes of output that are left out here
 
 COUNT = struct.Struct(">I")
 

@@ -20,7 +20,7 @@ from pool.errors import (
     FileOperationFailed,
 )
 from tests.support.processes import wait_gone, wait_pid
-from tests.support.rigs import Rig
+from tests.support.rigs import Rig, login
 from tests.support.waiting import wait_until
 
 
@@ -268,15 +268,7 @@ def test_a_killed_worker_leaves_it_running_and_the_next_one_goes_on(rig, server)
     """Kill -9, several times in a row: it ran once, and whoever comes last has all of it."""
     import json
 
-    info = server.info
-    config = {
-        "host": "127.0.0.1",
-        "port": info.port,
-        "username": info.username,
-        "client_keys": str(info.client_key),
-        "known_hosts": str(info.known_hosts),
-        "root_dir": str(rig.root),
-    }
+    config = {**login(server.info), "root_dir": str(rig.root)}
     arguments = [sys.executable, "-c", WORKER, json.dumps(config), STEPS]
     for _ in range(3):
         worker = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)

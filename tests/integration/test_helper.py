@@ -24,7 +24,7 @@ from pool.runtime import loop_thread
 from tests.support.leaks import no_leaks
 from tests.support.openssh import OpenSshd, sshd_binary
 from tests.support.processes import is_gone, wait_gone, wait_pid
-from tests.support.rigs import Rig
+from tests.support.rigs import Rig, login
 from tests.support.services import require_service
 from tests.support.ssh_servers import KINDS
 from tests.support.waiting import wait_until
@@ -478,15 +478,7 @@ asyncio.run(main())
 
 def test_a_killed_worker_leaves_no_command(rig):
     """Of several at a time, in sessions of their own and deaf to TERM."""
-    info = rig.info
-    config = {
-        "host": "127.0.0.1",
-        "port": info.port,
-        "username": info.username,
-        "client_keys": str(info.client_key),
-        "known_hosts": str(info.known_hosts),
-        "root_dir": str(rig.root),
-    }
+    config = {**login(rig.info), "root_dir": str(rig.root)}
     commands = [STUBBORN.format(name=f"pid{n}") for n in range(5)]
     worker = subprocess.Popen([sys.executable, "-c", WORKER, json.dumps(config), *commands])
     try:

@@ -14,7 +14,7 @@ from pool.errors import BackendUnavailable
 from pool.runtime import loop_thread
 from tests.support.leaks import no_leaks
 from tests.support.openssh import OpenSshd, sshd_binary
-from tests.support.rigs import Rig, ssh_backend
+from tests.support.rigs import Rig, login, ssh_backend
 from tests.support.services import require_service
 from tests.support.waiting import wait_until
 
@@ -50,11 +50,8 @@ def test_two_hundred_cold_users_of_one_host_all_get_in(openssh, tmp_path):
     The server counts a login for a moment longer than we do; all at once, more than half would be turned away.
     """
     with openssh() as server, no_leaks(), Rig("ssh", tmp_path, server.info) as rig:
-        config = {"port": rig.info.port, "username": rig.info.username, "root_dir": str(rig.root)}
-        config |= {"client_keys": str(rig.info.client_key), "known_hosts": str(rig.info.known_hosts)}
-        pool = BackendPoolManager(
-            RemoteFilesystemBackend, {"host": "127.0.0.1", **config}, max_backends=200, acquire_timeout=100.0
-        )
+        config = {**login(rig.info), "root_dir": str(rig.root)}
+        pool = BackendPoolManager(RemoteFilesystemBackend, config, max_backends=200, acquire_timeout=100.0)
 
         async def use(key):
             async with pool.abackend(key) as backend:

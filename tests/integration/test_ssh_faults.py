@@ -21,7 +21,7 @@ from pool.errors import BackendUnavailable, CommandFailed, CommandTimeout, Confi
 from tests.support.leaks import no_leaks
 from tests.support.openssh import OpenSshd, sshd_binary
 from tests.support.processes import wait_gone, wait_pid
-from tests.support.rigs import Rig
+from tests.support.rigs import Rig, login
 from tests.support.services import require_service
 from tests.support.ssh_servers import KINDS, serving
 from tests.support.waiting import wait_until
@@ -445,16 +445,8 @@ def test_a_killed_worker_leaves_no_command(kind, request, tmp_path):
             killed_worker(Rig("local", tmp_path), {})
             return
         with serving(kind, tmp_path / "server") as server:
-            info = server.info
-            config = {
-                "host": "127.0.0.1",
-                "port": info.port,
-                "username": info.username,
-                "client_keys": str(info.client_key),
-                "known_hosts": str(info.known_hosts),
-                "exec_mode": "channel" if kind.endswith("-channel") else "helper",
-            }
-            killed_worker(Rig("ssh", tmp_path, info), config)
+            config = {**login(server.info), "exec_mode": "channel" if kind.endswith("-channel") else "helper"}
+            killed_worker(Rig("ssh", tmp_path, server.info), config)
 
 
 def killed_worker(rig, config):

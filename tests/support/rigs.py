@@ -21,15 +21,20 @@ def shell_handler(command: str, env: Mapping[str, str]) -> tuple[int, bytes, byt
     return done.returncode, done.stdout, done.stderr
 
 
-def ssh_backend(info: SshdInfo, **config: Any) -> RemoteFilesystemBackend:
-    """Return a backend that logs in to the test server."""
-    login = {
+def login(info: SshdInfo) -> dict[str, Any]:
+    """Return the config that logs in to the test server."""
+    return {
+        "host": "127.0.0.1",
         "port": info.port,
         "username": info.username,
         "client_keys": str(info.client_key),
         "known_hosts": str(info.known_hosts),
     }
-    return RemoteFilesystemBackend("127.0.0.1", **{**login, **config})
+
+
+def ssh_backend(info: SshdInfo, **config: Any) -> RemoteFilesystemBackend:
+    """Return a backend that logs in to the test server."""
+    return RemoteFilesystemBackend(**{**login(info), **config})
 
 
 class Rig:
