@@ -133,7 +133,9 @@ class ConsumptionStep(bootsteps.StartStopStep):
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, consumer: Any) -> None:
-        consumer.app.warm_pool.consumption.attach(consumer)
+        extension = consumer.app.warm_pool
+        extension.consumption.attach(consumer)
+        extension.calls.remind()
 
     def stop(self, consumer: Any) -> None:
         if consumer.connection is None:  # lost; in a shutdown the open one is still needed to give messages back

@@ -27,14 +27,18 @@ class HubCalls:
     def attach(self, hub: Any) -> None:
         """Have this hub call them."""
         self._hub = hub
-        hub.call_soon(self.run)
+        self.remind()
+
+    def remind(self) -> None:
+        """Have the hub call what still waits: it forgets its callbacks when one fails, as on a lost connection."""
+        if self._hub is not None:
+            self._hub.call_soon(self.run)
 
     def post(self, function: Callable[[], R]) -> concurrent.futures.Future[R]:
         """Have the hub call *function*; from any thread."""
         done: concurrent.futures.Future[R] = concurrent.futures.Future()
         self._waiting.append((function, done))
-        if self._hub is not None:
-            self._hub.call_soon(self.run)
+        self.remind()
         return done
 
     async def call(self, function: Callable[[], R]) -> R:

@@ -5,16 +5,21 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
+import kombu.asynchronous
 import pytest
 
-from pool import BackendClosed, BackendPoolManager, MemoryBackend
+from pool import BackendClosed, BackendPoolManager, MemoryBackend, Settings
 from pool.runtime import loop_thread
 from pool.sharding.hashing import shard_of
 from pool.sharding.ownership import FOREVER, Ownership, now
+from pool.worker.bootsteps import ConsumptionStep
+from pool.worker.consumption import Consumption
 from pool.worker.guard import Guard
 from pool.worker.hub import HubCalls
 from pool.worker.line import Line
+from pool.worker.router import ShardRouter
 from tests.support.waiting import wait_until
 
 SHARDS = 8
@@ -175,6 +180,21 @@ def test_calls_reach_the_hub_in_order_with_their_results():
     assert first.result(0) == "one"
     assert isinstance(second.exception(0), ZeroDivisionError)
     assert third.done()
+
+
+def test_a_hub_that_has_forgotten_its_callbacks_is_reminded():
+    """kombu's drops those that were due together with one that fails; Celery then starts its consumer anew."""
+    calls, hub, consumption = HubCalls(), kombu.asynchronous.Hub(), Consumption(ShardRouter(Settings(), {}.get))
+    calls.attach(hub)
+    hub.run_once()
+    done = calls.post(lambda: "done")
+    hub._pop_ready()  # as it does before it calls them: of what comes after the one that fails, none is left
+    consumer = SimpleNamespace(app=SimpleNamespace(warm_pool=SimpleNamespace(calls=calls, consumption=consumption)))
+    consumer.task_consumer = SimpleNamespace(channel=None)
+    ConsumptionStep(None).start(consumer)
+    hub.run_once()
+    assert done.result(0) == "done"
+    hub.close()
 
 
 def test_somebody_can_stand_in_for_a_hub_that_does_not_run_any_more():
