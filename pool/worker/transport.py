@@ -301,6 +301,15 @@ class ShardConnection(Connection):
         found = super().get_transport_cls()
         return ShardTransport if found is redis.Transport else found
 
+    def _establish_connection(self) -> Any:
+        """Let go of a connection (RabbitMQ) that broke, which kombu replaces and forgets.
+
+        Whoever had a channel of it would send on that for ever: Celery's event dispatcher did, on the hub's thread.
+        """
+        if self._connection is not None and hasattr(self.transport, "_collect"):
+            self.transport._collect(self._connection)
+        return super()._establish_connection()
+
 
 def check_options(options: Any) -> None:
     """Raise `ConfigError` for transport options that claims do not know how to honour."""

@@ -3,15 +3,18 @@
 Raw AMQP on a shard queue as `ShardRouter` declares it; each consumer on a connection of its own, as a node is.
 """
 
+import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from kombu import Connection, Queue
+from kombu import Connection, Exchange, Producer, Queue
 
 from pool import Settings
 from pool.worker.router import ShardRouter
+from pool.worker.transport import ShardConnection
 from tests.support.rabbitmq import RabbitServer
 from tests.support.waiting import wait_until
 
@@ -151,3 +154,22 @@ def test_no_number_of_handoffs_loses_a_message(node) -> None:
         holder.received(times)
         holder.messages[-1].requeue()
     assert holder.received(31) == "a" * 31
+
+
+def test_a_connection_that_broke_is_let_go_of_before_it_is_replaced(url: str) -> None:
+    """What Celery's event dispatcher goes through when a node was frozen for longer than the heartbeat of RabbitMQ."""
+    with ShardConnection(url) as connection:
+        exchange = Exchange("events", "topic", durable=False)
+        producer = Producer(connection, exchange=exchange, auto_declare=False)
+
+        def send() -> None:
+            policy = {"max_retries": 3, "interval_start": 0}  # Celery sets no limit
+            producer.publish("event", routing_key="any", declare=[producer.exchange], retry=True, retry_policy=policy)
+
+        send()
+        broken = connection.connection
+        broken.transport.sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            broken.drain_events(timeout=10)  # whoever reads it keeps the error to himself
+        assert connection.connection is not broken  # a look is enough for another one
+        send()
