@@ -147,6 +147,9 @@ class Settings:
     """Seconds after its last heartbeat when a node's shards may be taken over."""
     lease_heartbeat: float = 1.0
     """Seconds between two heartbeats of a node."""
+    lease_grace: float = 120.0
+    """Seconds for which running commands go on when the lease store cannot be reached, where their host ends them for a
+    newer owner. 0: they are ended with the leases."""
     handoff_timeout: float = 300.0
     """Seconds that running tasks get when their shard moves to another node; then they are run again there."""
     execution: str = "threads"
@@ -203,6 +206,7 @@ class Settings:
         check_number("key_concurrency", self.key_concurrency, "must be a whole number, 1 or more", unit="tasks")
         for name in _TIMES:
             check_number(name, getattr(self, name), "must be more than 0")
+        check_number("lease_grace", self.lease_grace, "must be 0 or more", above=-1e-9)
         self._check_observation()
         self._check_lease_ttl()
         self._check_agents()
@@ -271,6 +275,7 @@ class Settings:
             node_shards=env.ranges("POOL_NODE_SHARDS"),
             lease_ttl=env.seconds("POOL_LEASE_TTL", 5.0),
             lease_heartbeat=env.seconds("POOL_LEASE_HEARTBEAT", 1.0),
+            lease_grace=env.seconds("POOL_LEASE_GRACE", 120.0),
             handoff_timeout=env.seconds("POOL_HANDOFF_TIMEOUT", 300.0),
             execution=env.text("POOL_EXECUTION") or "threads",
             concurrency=env.integer("POOL_CONCURRENCY", None),

@@ -422,10 +422,10 @@ class Lifecycle:
         self._fill_room(now, effects)
         return closed, retired
 
-    def expel(self, match: Callable[[str], bool], now: float, effects: Effects) -> list[Identity]:
-        """End every pooled backend whose primary matches, now: its users and waiters will see `BackendClosed`."""
-        gone = [entry for entry in self.live if entry.pooled and match(entry.identity[0])]
-        waiting = self.room.take(lambda waiter: waiter.pooled and match(waiter.identity[0]))
+    def expel(self, match: Callable[[str, Any], bool], now: float, effects: Effects) -> list[Identity]:
+        """End every pooled backend that matches by primary and backend (None: not yet): users see `BackendClosed`."""
+        gone = [entry for entry in self.live if entry.pooled and match(entry.identity[0], entry.backend)]
+        waiting = self.room.take(lambda waiter: waiter.pooled and match(waiter.identity[0], None))
         for entry in gone:
             waiting.extend(entry.waiters)
             entry.waiters.clear()

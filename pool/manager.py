@@ -421,15 +421,15 @@ class BackendPoolManager(Generic[B]):
         await self._carry_out_and_wait(effects)
         return {"closed": [agent for _, agent in closed], "retired": [agent for _, agent in retired]}
 
-    async def aexpel(self, match: Callable[[str], bool]) -> list[Identity]:
-        """End the backends of all keys that match, in use or not, at once; return whose, when they are gone.
+    async def aexpel(self, match: Callable[[str, B | None], bool]) -> list[Identity]:
+        """End the backends that match by key and backend (None: not made yet), in use or not; return whose, when gone.
 
         Their users see `BackendClosed`. For keys that this process must not work for any more.
         """
         self._refuse_fork()
         effects: Effects = []
         with self._lock:
-            gone = self._life.expel(lambda primary: primary != SHARED and match(primary), monotonic(), effects)
+            gone = self._life.expel(lambda key, backend: key != SHARED and match(key, backend), monotonic(), effects)
         await self._carry_out_and_wait(effects)
         return gone
 

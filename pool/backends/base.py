@@ -58,7 +58,10 @@ class Claim(NamedTuple):
 
     owner_of: str
     epoch: int
-    """It grows with each new owner; 0: not the owner any more."""
+    """It grows with each new owner; 0: not the owner any more, or nobody can say."""
+    grace: float = 0.0
+    """Seconds after the end of `Backend.trust` for which commands may go on that the host ends for a newer owner. More
+    than 0 with epoch 0: this process may be the owner again, under a new epoch, before they are over."""
 
 
 class Backend(ABC):
@@ -109,6 +112,11 @@ class Backend(ABC):
 
     def is_busy(self) -> bool:
         """Say that it works although nobody holds it; then no sweep evicts it. Must not block."""
+        return False
+
+    @property
+    def fenced(self) -> bool:
+        """Whether its host ends what runs here before a newer owner of the key begins; see `Claim.grace`."""
         return False
 
     @property

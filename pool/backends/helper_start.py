@@ -23,6 +23,9 @@ _REMEMBERED = 600.0
 
 _IN_ORDER = "exit code 0"
 
+_DOUBT = 0.05
+"""Seconds between two looks at whether this process is the owner again."""
+
 Where = tuple[str, int, str | None]
 """Host, port and user."""
 
@@ -67,6 +70,11 @@ class Launcher:
         """Why this host is believed to have none; "" when it is not."""
         why, until = _without.get(self._where, ("", 0.0))
         return why if monotonic() < until else ""
+
+    @property
+    def fenced(self) -> bool:
+        """Whether a newer owner of the root ends the helper, and with it what runs."""
+        return self.running is not None and self.running.epoch > 0
 
     @property
     def running(self) -> Helper | None:
@@ -145,9 +153,13 @@ class Launcher:
     async def _stand(self, helper: Helper, claim_of: Callable[[], Claim | None]) -> None:
         """Have the helper claim the root under the present epoch, if it has not: older owners are ended there.
 
-        Raises `NotOwner`. A host that cannot keep a fence does without, with a warning.
+        Waits while nobody can say who the owner is. Raises `NotOwner`. A host that cannot keep a fence does without,
+        with a warning.
         """
         claim = claim_of()
+        while claim is not None and not claim.epoch and claim.grace and self.fenced:
+            await asyncio.sleep(_DOUBT)
+            claim = claim_of()
         if claim is None or claim.epoch == helper.epoch:
             return
         async with self._claiming:

@@ -126,6 +126,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._lost_why = "it broke"
         self._login_shell = ""
         self._pulse: Pulse | None = None
+        self._processes = 0  # of `start_process`: no fence covers them
         self._warned = False
 
     # -- life
@@ -240,11 +241,23 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         """Have the host end what runs when ``trust`` is over; on a host that cannot, go on without, with a warning."""
         if self.trust is None or LOOPBACK in str(connection.get_extra_info("server_version")):
             return
-        self._pulse = pulse = Pulse(self.trust, connection.abort)
+        self._pulse = pulse = Pulse(self._left, connection.abort)
         if why := await pulse.start(connection, self._channels):
             self._go_without_pulse(why)
         else:
             self._channels.give_up = lambda: self._go_without_pulse("it needs one session more (MaxSessions?)")
+
+    def _left(self) -> float | None:
+        """For how many seconds the host is to believe in this process; None: for as long as it likes."""
+        left = None if self.trust is None else self.trust()
+        if left is None or self.claim is None or self._processes or not self.fenced:
+            return left
+        claim = self.claim()
+        return left if claim is None else left + claim.grace
+
+    @property
+    def fenced(self) -> bool:
+        return self._launcher is not None and self._launcher.fenced
 
     def _go_without_pulse(self, why: str) -> None:
         """Say so, once, and stop it if it was started."""
@@ -353,8 +366,11 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         except asyncssh.Error as error:
             raise self.lost_error(error) from error
 
+        self._processes += 1
+
         async def give_back() -> None:
             await process.wait_closed()
+            self._processes -= 1
             channels.closed(lasting=True)
 
         piped = PipedProcess(process, command, process.close)

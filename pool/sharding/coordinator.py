@@ -13,8 +13,19 @@ from typing import Any, Literal, NamedTuple, Protocol
 from redis.exceptions import RedisError
 
 from pool.errors import ConfigError, PoolError
-from pool.sharding.handoff import Abandon, Beat, Close, Instruction, Rejoin, Restore, Serve, Stop, Tenancy
-from pool.sharding.lease import Answer, LeaseMachine, Request
+from pool.sharding.handoff import (
+    Abandon,
+    Beat,
+    Close,
+    Instruction,
+    Rejoin,
+    Restore,
+    Serve,
+    Stop,
+    Suspend,
+    Tenancy,
+)
+from pool.sharding.lease import NEVER, Answer, LeaseMachine, Request
 from pool.sharding.ownership import Ownership, now
 
 logger = logging.getLogger(__name__)
@@ -50,7 +61,10 @@ class Worker(Protocol):
         """Consume them no more, and give back what has not started."""
 
     async def clear(self) -> None:
-        """Close the backends of all shards that are dropped from the `Ownership` by now."""
+        """Close the backends of all shards that are dropped from the `Ownership` by now.
+
+        Of suspended ones: those that must not go on.
+        """
 
     def busy(self) -> Collection[int | None]:
         """Shards of which a task is running."""
@@ -65,9 +79,10 @@ class Worker(Protocol):
 class ShardStep(NamedTuple):
     """Some shards came to this node or left it."""
 
-    what: Literal["taken", "received", "takeover", "handoff", "lost"]
+    what: Literal["taken", "received", "takeover", "resumed", "handoff", "suspended", "lost"]
     """``taken``: nobody had them; ``received`` from a node that lives; ``takeover`` from a dead one; ``handoff``: given
-    to others; ``lost``: the leases ended, or may have."""
+    to others; ``lost``: the leases ended, or may have; ``suspended``: they may have, and running commands go on;
+    ``resumed``: they had not."""
     shards: tuple[int, ...]
     epoch: int
     """The highest of theirs."""
@@ -111,26 +126,30 @@ class Coordinator:
         finally:
             self._listener.cancel()
             registry.cancel()
-            self.ownership.trust(0.0)
+            self.ownership.trust(NEVER)
 
     async def _pause(self) -> None:
         """Until something happens, or is due."""
         due = self.machine.deadline
         if self._talking is not None:  # its end wakes us; what may come before is the end of our trust
             due = self.machine.trusted_until if self.machine.trusts(now()) else float("inf")
-        if any(tenancy.state == "draining" for tenancy in self.machine.tenancies.values()):
-            self._look_for_idle()
+        if self._look_for_idle():
             due = min(due, now() + IDLE_CHECK)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(None if due == float("inf") else max(0.0, due - now())):
                 await self._wake.wait()
 
-    def _look_for_idle(self) -> None:
-        draining = [tenancy for tenancy in self.machine.tenancies.values() if tenancy.state == "draining"]
+    def _look_for_idle(self) -> bool:
+        """Tell the machine of shards without a running task; return whether there are any that it wants to hear of."""
+        ending = {"draining", "suspended"} if self.machine.leaving else {"draining"}
+        watched = [tenancy for tenancy in self.machine.tenancies.values() if tenancy.state in ending]
+        if not watched:
+            return False
         busy = self.worker.busy()
-        idle = [tenancy for tenancy in draining if tenancy.shard not in busy]
+        idle = [tenancy for tenancy in watched if tenancy.shard not in busy]
         if idle:
             self._happened("idle", idle)
+        return True
 
     # -- the store
 
@@ -221,13 +240,16 @@ class Coordinator:
                 self._beat()
             elif isinstance(instruction, Serve):
                 self.ownership.hold(instruction.tenancy.shard, instruction.tenancy.epoch)
+            elif isinstance(instruction, Suspend):  # from this moment on nobody begins to work for it
+                self.ownership.suspend(instruction.tenancy.shard)
             elif isinstance(instruction, Close | Abandon):
-                self.ownership.drop(instruction.tenancy.shard)  # from this moment on nobody begins to work for it
+                self.ownership.drop(instruction.tenancy.shard)
         # What changes consumers goes to the hub in batches.
         for kind, carry_out in (
             (Serve, self._serve),
             (Stop, self._stop),
             (Close, self._close),
+            (Suspend, self._suspend),
             (Abandon, self._abandon),
         ):
             tenancies = [instruction.tenancy for instruction in instructions if isinstance(instruction, kind)]
@@ -292,6 +314,12 @@ class Coordinator:
                     while not {tenancy.shard for tenancy in overdue}.isdisjoint(self.worker.busy()):  # noqa: ASYNC110
                         await asyncio.sleep(IDLE_CHECK)
 
+    async def _suspend(self, tenancies: list[Tenancy]) -> None:
+        named, grace = _named(tenancies), self.machine.terms.grace
+        logger.warning("cannot renew the leases of %s: nothing starts, fenced commands go on for %g s", named, grace)
+        self._tell("suspended", tenancies, now() - min(tenancy.since for tenancy in tenancies), source="")
+        await asyncio.gather(self.worker.clear(), self.worker.cancel([tenancy.shard for tenancy in tenancies]))
+
     async def _abandon(self, tenancies: list[Tenancy]) -> None:
         logger.warning("lost the leases of %s: ending what runs under them", _named(tenancies))
         shards = [tenancy.shard for tenancy in tenancies]
@@ -329,8 +357,8 @@ class Coordinator:
     def quit(self) -> None:
         """End everything at once, and say goodbye if the store still hears it."""
         self.machine.leave(now())
-        self.machine.trusted_until = 0.0
-        self.ownership.trust(0.0)
+        self.machine.trusted_until = NEVER
+        self.ownership.trust(NEVER)
         self._wake.set()
 
     def drain(self, *, on: bool) -> None:
@@ -339,7 +367,7 @@ class Coordinator:
         self._wake.set()
 
 
-_ARRIVALS = {"": "taken", "handed": "received", "dead": "takeover"}
+_ARRIVALS = {"": "taken", "handed": "received", "dead": "takeover", "kept": "resumed"}
 
 
 def _named(tenancies: list[Tenancy]) -> str:

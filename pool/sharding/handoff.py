@@ -8,34 +8,41 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-State = Literal["restoring", "serving", "stopping", "draining", "closing", "releasing", "losing", "gone"]
-Event = Literal["restored", "move", "stopped", "idle", "overdue", "closed", "released", "lose", "abandoned"]
+State = Literal["restoring", "serving", "stopping", "draining", "closing", "releasing", "suspended", "losing", "gone"]
+Event = Literal["restored", "move", "stopped", "idle", "overdue", "closed", "released", "silence", "lose", "abandoned"]
 
 TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
     # We have the lease. What dead nodes had taken from the shard's queue goes back into it before we consume.
-    "restoring": {"restored": "serving", "lose": "losing"},
-    "serving": {"move": "stopping", "lose": "losing"},
-    "stopping": {"stopped": "draining", "lose": "losing"},
-    "draining": {"idle": "closing", "overdue": "closing", "lose": "losing"},
+    "restoring": {"restored": "serving", "silence": "suspended", "lose": "losing"},
+    "serving": {"move": "stopping", "silence": "suspended", "lose": "losing"},
+    "stopping": {"stopped": "draining", "silence": "suspended", "lose": "losing"},
+    "draining": {"idle": "closing", "overdue": "closing", "silence": "suspended", "lose": "losing"},
     "closing": {"closed": "releasing", "lose": "losing"},
     "releasing": {"released": "gone"},
+    # The store is silent, so the lease may be somebody else's: nothing starts, and only what a host would end for a
+    # newer owner goes on. If it is ours after all we hand it over to ourselves: the next tenancy goes on with that.
+    "suspended": {"released": "gone", "idle": "losing", "lose": "losing"},
     # The lease is, or may be, somebody else's: everything under it ends at once.
     "losing": {"abandoned": "gone"},
     "gone": {},
 }
 
 MAY_RUN: frozenset[State] = frozenset({"serving", "stopping", "draining"})
-"""States in which tasks of the shard may run."""
+"""States in which tasks of the shard may run, and begin."""
 
 
 class Source(NamedTuple):
-    """From whom a shard came: ``handed`` over by a node that lives, or that of a ``dead`` one; "": nobody had it."""
+    """From whom a shard came: ``handed`` over by a node that lives, or that of a ``dead`` one; "": nobody had it.
 
-    how: Literal["", "handed", "dead"]
+    ``kept``: from ourselves, after a time in which the store was silent.
+    """
+
+    how: Literal["", "handed", "dead", "kept"]
     node: str
 
 
 NOBODY = Source("", "")
+KEPT = Source("kept", "")
 
 
 class IllegalTransition(RuntimeError):
@@ -103,6 +110,15 @@ class Close(NamedTuple):
     tenancy: Tenancy
 
 
+class Suspend(NamedTuple):
+    """Stop consuming, give back what has not started, start nothing; close the backends whose commands nobody fences.
+
+    After it comes `Serve` of the next tenancy, or `Abandon`. While the node leaves, watch for ``idle``.
+    """
+
+    tenancy: Tenancy
+
+
 class Abandon(NamedTuple):
     """`Stop` and `Close` at once, because the lease is lost; then ``abandoned``."""
 
@@ -117,4 +133,4 @@ class Rejoin(NamedTuple):
     """The others took this node for dead: it needs a new incarnation. Then ``LeaseMachine.rejoin``."""
 
 
-Instruction = Restore | Serve | Stop | Close | Abandon | Beat | Rejoin
+Instruction = Restore | Serve | Stop | Close | Suspend | Abandon | Beat | Rejoin

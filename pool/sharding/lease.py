@@ -7,6 +7,10 @@ who should own which shard, takes what is free and its own, and hands over what 
 A lease is as good as its owner's membership, which each answered request renews. A node trusts what it was told until
 ``request sent + ttl - margin`` on its own clock; the store waits ``ttl`` from a later moment on its clock. So nobody
 can own a shard that somebody else still trusts to own, unless a clock errs by more than ``margin`` within ``ttl``.
+
+A node whose trust ends because the store is silent starts nothing any more. For ``grace`` seconds it lets go on what a
+build host would end for a newer owner (`suspended` in `handoff.py`); what is its own when the store answers again it
+takes over from itself, under a new epoch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from pool.sharding.handoff import (
+    KEPT,
     MAY_RUN,
     NOBODY,
     Abandon,
@@ -26,6 +31,7 @@ from pool.sharding.handoff import (
     Serve,
     Source,
     Stop,
+    Suspend,
     Tenancy,
 )
 from pool.sharding.placement import assign, by_rank
@@ -43,6 +49,8 @@ class Terms:
     ttl: float = 5.0
     heartbeat: float = 1.0
     handoff_timeout: float = 300.0
+    grace: float = 0.0
+    """For how long fenced work may go on after the trust has ended; 0: everything ends with it."""
 
     @property
     def margin(self) -> float:
@@ -159,8 +167,9 @@ class LeaseMachine:
         """What to send now."""
         self.next_request = now + self.terms.heartbeat
         releasing = [tenancy for tenancy in self.tenancies.values() if tenancy.state == "releasing"]
+        resumable = self._resumable(now)
         takes = self._takes()
-        self._asked = frozenset(takes) | {tenancy.shard for tenancy in releasing}
+        self._asked = frozenset(takes) | {tenancy.shard for tenancy in (*releasing, *resumable)}
         self._claimants_asked = self.claimants
         held = [tenancy for tenancy in self.tenancies.values() if tenancy.state != "losing"]
         request = Request(
@@ -173,15 +182,26 @@ class LeaseMachine:
             takes=tuple(takes),
             releases=(
                 *(Release(t.shard, t.epoch, self._successor(t.shard)) for t in releasing),
+                *(Release(t.shard, t.epoch, self.incarnation) for t in resumable),
                 *(Release(shard, epoch, "") for shard, epoch in self._disowned.items() if shard not in self.tenancies),
             ),
-            asserts=tuple((t.shard, t.epoch) for t in held) if self._asserting and self.trusts(now) else (),
+            asserts=tuple((t.shard, t.epoch) for t in held if self._may_speak_for(t, now)) if self._asserting else (),
             buried=tuple(sorted(self._buried)),
             elapsed=now - self._last_sent if self._last_sent > NEVER else 0.0,
             sent=now,
         )
         self._last_sent = now
         return request
+
+    def _may_speak_for(self, tenancy: Tenancy, now: float) -> bool:
+        """Whether to assert it to a table that has forgotten it: the higher epoch wins, and nobody serves yet."""
+        return self.trusts(now) or tenancy.state == "suspended"
+
+    def _resumable(self, now: float) -> list[Tenancy]:
+        """Those that the table still calls ours. Their epoch may have had successors that it has forgotten."""
+        if not (self.settled and self.trusts(now)) or self._asserting:
+            return []
+        return [t for t in self.tenancies.values() if t.state == "suspended" and self._holds(t)]
 
     def _state(self) -> NodeState:
         if self.leaving and not self.tenancies:
@@ -249,8 +269,10 @@ class LeaseMachine:
 
     def _source(self, before: Lease | None, dead: tuple[str, ...]) -> Source:
         """From whom a lease came, as the last one that we know of its shard says."""
-        if before is None or before.owner in ("", self.incarnation):
+        if before is None or not before.owner:
             return NOBODY
+        if before.owner == self.incarnation:
+            return KEPT
         node = before.owner.rpartition("/")[0]
         return Source("dead" if before.owner in dead else "handed", node)
 
@@ -268,8 +290,11 @@ class LeaseMachine:
     def deadline(self) -> float:
         """When `tick` or `request` has something to do, at the latest (monotonic seconds)."""
         due = [] if self.fenced else [self.next_request]
-        if any(tenancy.state not in ("losing", "releasing") for tenancy in self.tenancies.values()):
+        states = {tenancy.state for tenancy in self.tenancies.values()}
+        if states - {"losing", "releasing", "suspended"}:
             due.append(self.trusted_until)
+        if "suspended" in states:
+            due.append(self.trusted_until + self.terms.grace)
         due.extend(t.since + self.terms.handoff_timeout for t in self.tenancies.values() if t.state == "draining")
         return min(due, default=-NEVER)
 
@@ -281,9 +306,16 @@ class LeaseMachine:
         """Lose everything if the trust has ended, also when nobody was awake to see it end."""
         if self.trusts(now):
             return []
+        done: list[Instruction] = []
+        patient = now < self.trusted_until + self.terms.grace
+        for tenancy in self.tenancies.values():
+            if patient and tenancy.expects("silence"):
+                tenancy.apply("silence", now)
+                done.append(Suspend(tenancy))
         # What was released is not forgotten before the table says so: begun anew under its old epoch, it would
         # be handed over in full use by a release that was only slow.
-        return self._lose([t for t in self.tenancies.values() if t.state != "releasing"], now)
+        kept = {"releasing", "suspended"} if patient else {"releasing"}
+        return done + self._lose([t for t in self.tenancies.values() if t.state not in kept], now)
 
     def tick(self, now: float) -> list[Instruction]:
         """Do what time, or a changed table, asks for."""
@@ -292,12 +324,11 @@ class LeaseMachine:
         if self._asserting:  # the table has yet to hear what we hold
             return self._close_overdue(now)
         done: list[Instruction] = self._lose([t for t in self.tenancies.values() if not self._holds(t)], now)
-        if self.settled and not self.leaving:
-            done += self._begin(now)
         if self.settled:
+            done += self._begin(now)
             done += self._hand_over(now)
         done += self._close_overdue(now)
-        if self._wants_to_talk():
+        if self._wants_to_talk(now):
             done.append(Beat())
         return done
 
@@ -313,9 +344,11 @@ class LeaseMachine:
         fresh = [
             Tenancy(shard, epoch, now, self._sources.pop(shard, NOBODY))
             for shard, epoch in self._mine.items()
-            if shard not in self.tenancies and shard not in self._disowned
+            if shard not in self.tenancies
+            and shard not in self._disowned
+            and (not self.leaving or self._sources.get(shard) == KEPT)
         ]
-        if not fresh and self._seen_to.issuperset(self.dead):
+        if not fresh and (self.leaving or self._seen_to.issuperset(self.dead)):
             return []
         self.tenancies.update((tenancy.shard, tenancy) for tenancy in fresh)
         self._seen_to = set(self.dead)
@@ -340,13 +373,17 @@ class LeaseMachine:
     def _lose(self, tenancies: Iterable[Tenancy], now: float) -> list[Instruction]:
         done: list[Instruction] = []
         for tenancy in tenancies:
-            if tenancy.state == "releasing":
+            if tenancy.state == "releasing" or self._is_resumed(tenancy, now):
                 tenancy.apply("released", now)
                 del self.tenancies[tenancy.shard]
             elif tenancy.expects("lose"):
                 tenancy.apply("lose", now)
                 done.append(Abandon(tenancy))
         return done
+
+    def _is_resumed(self, tenancy: Tenancy, now: float) -> bool:
+        """Whether the next tenancy of the shard is ours, too."""
+        return tenancy.state == "suspended" and self.trusts(now) and self._mine.get(tenancy.shard, 0) > tenancy.epoch
 
     def _rejoin(self) -> list[Instruction]:
         """A node that was taken for dead comes back under a new name once nothing of its old life is left.
@@ -376,10 +413,11 @@ class LeaseMachine:
         lease = self.leases.get(shard)
         return lease is None or lease.owner not in self.members
 
-    def _wants_to_talk(self) -> bool:
+    def _wants_to_talk(self, now: float) -> bool:
         """Once for each wish; what came to nothing is repeated at the heartbeat."""
         wishes = {tenancy.shard for tenancy in self.tenancies.values() if tenancy.state == "releasing"}
         wishes.update(self._takes())
+        wishes.update(tenancy.shard for tenancy in self._resumable(now))
         return bool(wishes - self._asked) or self._state() == "bye"
 
     def _successor(self, shard: int) -> str:
@@ -399,6 +437,8 @@ class LeaseMachine:
                 done.append(Serve(tenancy))
             elif tenancy.state == "closing":
                 done.append(Close(tenancy))
+            elif tenancy.state == "losing":
+                done.append(Abandon(tenancy))
             elif tenancy.state == "gone":
                 del self.tenancies[tenancy.shard]
         return done + (self.tick(now) if self.trusts(now) else self._rejoin())
@@ -457,6 +497,7 @@ class LeaseMachine:
             assert tenancy.shard == shard
             assert tenancy.state != "gone", tenancy
             assert tenancy.state in ("losing", "releasing") or self.trusted_until > NEVER, tenancy
+            assert tenancy.state != "suspended" or self.terms.grace, tenancy
         running = [tenancy for tenancy in self.tenancies.values() if tenancy.state in MAY_RUN]
         for tenancy in running:
             assert self.trusts(now) or now >= self.trusted_until, tenancy

@@ -18,20 +18,29 @@ def now() -> float:
 
 
 class Ownership:
-    """The epochs of this node's shards, and until when they may be trusted."""
+    """The epochs of this node's shards, and until when they may be trusted.
 
-    def __init__(self, shards: int) -> None:
+    *grace*: seconds after that for which what runs may go on where a host ends it for a newer owner.
+    """
+
+    def __init__(self, shards: int, grace: float = 0.0) -> None:
         self.shards = shards
-        memory = memoryview(mmap.mmap(-1, 8 * (shards + 4)))
+        self.grace = grace
+        memory = memoryview(mmap.mmap(-1, 8 * (2 * shards + 4)))
         self._times = memory[:8].cast("d")  # trusted until
         self._rounds = memory[8:32].cast("Q")  # dropped so far, dropped and cleared away, process that clears
-        self._epochs = memory[32:].cast("Q")  # 0: not ours
+        self._epochs = memory[32 : 32 + 8 * shards].cast("Q")  # 0: not ours
+        self._suspended = memory[32 + 8 * shards :].cast("Q")  # epochs of shards that may be ours; 0: not, or surely
 
     # -- asking
 
     def owns(self, shard: int) -> bool:
         """Whether a task of *shard* may work now."""
         return bool(self._epochs[shard]) and now() < self._times[0]
+
+    def may_go_on(self, shard: int) -> bool:
+        """Whether what runs for *shard* may do so, if a host ends it for a newer owner."""
+        return bool(self._epochs[shard] or self._suspended[shard]) and now() < self._times[0] + self.grace
 
     def epoch(self, shard: int) -> int:
         """The epoch under which *shard* is held: it grows with each new owner. 0: not held."""
@@ -41,6 +50,11 @@ class Ownership:
     def count(self) -> int:
         """How many shards are held."""
         return sum(1 for epoch in self._epochs if epoch)
+
+    @property
+    def suspended(self) -> int:
+        """How many shards may be ours still, but nobody can say (`suspend`)."""
+        return sum(1 for epoch in self._suspended if epoch)
 
     @property
     def trusted_until(self) -> float:
@@ -60,10 +74,17 @@ class Ownership:
     def hold(self, shard: int, epoch: int) -> None:
         """Tasks of the shard may work from now on."""
         self._epochs[shard] = epoch
+        self._suspended[shard] = 0
+
+    def suspend(self, shard: int) -> None:
+        """No task of the shard may begin to work, until it is held again; see `may_go_on`."""
+        self._suspended[shard] = self._epochs[shard] or self._suspended[shard]
+        self._epochs[shard] = 0
+        self._rounds[0] += 1
 
     def drop(self, shard: int) -> None:
         """No task of the shard may work any more."""
-        self._epochs[shard] = 0
+        self._epochs[shard] = self._suspended[shard] = 0
         self._rounds[0] += 1
 
     # -- the process that has the backends

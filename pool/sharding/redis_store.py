@@ -144,11 +144,11 @@ for _, release in ipairs(req.releases) do
   local shard, successor = release[1], release[3]
   local owner, e = owner_of(shard)
   if owner == me and e == tonumber(release[2]) then
-    if successor ~= '' and lives(successor) then
+    if successor == '' or not lives(successor) then
+      give(shard, '', e)
+    elseif clock >= number('quarantine') then -- else a later owner may still have to speak up: it is asked again
       give(shard, successor, next_epoch())
       handed[successor] = true
-    else
-      give(shard, '', e)
     end
   end
 end

@@ -52,4 +52,6 @@ def how_it_came(source: Source) -> str:
     """Say in words how a node came to own a shard."""
     if source.how == "dead":
         return f"taken over from the dead node {source.node}"
+    if source.how == "kept":
+        return "kept, while the lease store could not be reached"
     return f"handed over by {source.node}" if source.how == "handed" else "nobody had it"

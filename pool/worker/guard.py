@@ -1,7 +1,8 @@
 """The guard: closes backends of shards that this node does not own (any more), in the process that has them.
 
 The coordinator drops a shard from the `Ownership` board and wakes the guard. With prefork that is another process,
-which also acts on its own: when the time for which the leases were trusted is over, everything ends.
+which also acts on its own: when the time for which the leases were trusted is over, everything ends that no host ends
+for a newer owner (`Backend.fenced`); when the grace after it is over, everything does.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import logging
 import os
 from typing import Any
 
+from pool.backends.base import Backend
 from pool.manager import BackendPoolManager
 from pool.runtime import Call, loop_thread
 from pool.sharding.hashing import shard_of
@@ -39,17 +41,28 @@ class Guard:
         while True:
             self._bell.clear()
             await self._clear()
-            remaining = self.ownership.trusted_until - now()
-            wait = None if self.ownership.trusted_until == FOREVER or remaining <= 0 else remaining
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
+                async with asyncio.timeout(self._until_the_next_end()):
                     await self._bell.wait()
+
+    def _until_the_next_end(self) -> float | None:
+        """Seconds until trust, or the grace after it, ends; None: that is over, or never comes."""
+        trusted, grace = self.ownership.trusted_until, self.ownership.grace
+        if trusted == FOREVER:
+            return None
+        return next((end - now() for end in (trusted, trusted + grace) if end > now()), None)
+
+    def _must_end(self, key: str, backend: Backend | None) -> bool:
+        shard = shard_of(key, self.ownership.shards)
+        if self.ownership.owns(shard):
+            return False
+        return backend is None or not backend.fenced or not self.ownership.may_go_on(shard)
 
     async def _clear(self) -> None:
         """Close what must not be there; then say up to which drop that is true."""
         dropped = self.ownership.dropped
         try:
-            gone = await self._pool.aexpel(lambda key: not self.ownership.owns(shard_of(key, self.ownership.shards)))
+            gone = await self._pool.aexpel(self._must_end)
         except Exception:  # the next wake-up tries again
             logger.exception("closing backends of lost shards failed")
             return

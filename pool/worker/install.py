@@ -110,7 +110,7 @@ class WarmPool:
         self.in_process = True  # the pool lives in the worker's main process
         self.tenant: Tenant | None = None
         self.turns: Any = None  # whose turn it is, where the execution pool keeps that
-        self.ownership = Ownership(settings.shards)
+        self.ownership = Ownership(settings.shards, settings.lease_grace)
         self.host: Host | None = None  # of this process, if it has the backends of a worker
         if not settings.leased:
             self.ownership.trust(FOREVER)
@@ -164,8 +164,10 @@ class WarmPool:
         """Under which epoch this node owns the key; None: this process is no node."""
         if self.host is None:
             return None
-        shards = self.settings.shards
-        return Claim(f"{self.settings.namespace}:{key}", self.ownership.epoch(shard_of(key, shards)))
+        ownership, shard = self.ownership, shard_of(key, self.settings.shards)
+        epoch = ownership.epoch(shard) if ownership.owns(shard) else 0
+        grace = ownership.grace if epoch or ownership.may_go_on(shard) else 0.0
+        return Claim(f"{self.settings.namespace}:{key}", epoch, grace)
 
     def queue_for(self, key: str) -> str:
         """Return the name of the queue that the key's tasks go to."""

@@ -127,7 +127,7 @@ def stats_of(extension: Any) -> Row:
     return {
         **report_of(extension).stats(),
         **shards_of(extension),
-        "trusted_s": None if trusted is None else round(trusted, 3),
+        "trusted_s": None if trusted is None else max(0.0, round(trusted, 3)),
         "node": extension.node,
         "execution": extension.settings.execution,
     }
@@ -138,6 +138,7 @@ def shards_of(extension: Any) -> Row:
     tenant = extension.tenant
     return {
         "shards": extension.ownership.count,
+        "shards_suspended": extension.ownership.suspended,
         "shards_total": extension.ownership.shards,
         "lease_age_s": None if tenant is None else tenant.lease_age,
         "draining": tenant is not None and tenant.machine.draining,

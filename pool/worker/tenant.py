@@ -50,8 +50,10 @@ class Tenant:
         self.calls: HubCalls = extension.calls
         self.takeover = extension.takeover
         self.node = node
-        times = self.settings.lease_ttl, self.settings.lease_heartbeat, self.settings.handoff_timeout
-        self.terms = Terms(*times)
+        settings = self.settings
+        self.terms = Terms(
+            settings.lease_ttl, settings.lease_heartbeat, settings.handoff_timeout, grace=settings.lease_grace
+        )
         self.machine = LeaseMachine(incarnation_of(node), node, self.settings.shards, self.terms)
         self.takeover.adopt(self.machine.incarnation)
         self._thread: LoopThread

@@ -13,6 +13,9 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.openssh
 
+AWAY = 30.0
+"""Seconds of a restart or failover that takes its time."""
+
 
 @pytest.fixture(scope="module", params=BROKERS)
 def broker(request: pytest.FixtureRequest) -> str:
@@ -75,8 +78,8 @@ def test_a_restart_of_redis_loses_nothing(cluster: Cluster) -> None:
 
 
 def test_a_redis_that_is_frozen_for_two_lease_times_stops_everything_and_loses_nothing(cluster: Cluster) -> None:
-    """No node can know that it still owns anything: builds end, and run again when the leases can be renewed."""
-    cluster.env |= QUICK
+    """No node can know that it still owns anything: without a grace builds end, and run again later."""
+    cluster.env |= QUICK | {"POOL_LEASE_GRACE": "0"}
     nodes = cluster.start("one", "two", "three")
     with cluster.load() as load:
         cluster.wait_working(*nodes)
@@ -87,3 +90,20 @@ def test_a_redis_that_is_frozen_for_two_lease_times_stops_everything_and_loses_n
         cluster.wait_working(*nodes)
         account = cluster.settled(load)
     assert not account.wrong
+
+
+def test_redis_may_be_away_for_half_a_minute_and_no_build_is_cancelled(cluster: Cluster) -> None:
+    """Many lease times: what runs goes on under the fence, nothing starts, and nobody works beside anybody."""
+    nodes = cluster.start("one", "two", "three")
+    with cluster.load() as load:
+        cluster.wait_working(*nodes)
+        cluster.wait_busy(nodes[0])
+        with cluster.site.valkey.away():
+            nobody_trusts = time.time_ns() + int(5e9)
+            time.sleep(AWAY)  # not to wait for something: it is away for that long
+            back = time.time_ns()
+        cluster.wait_working(*nodes)
+        account = cluster.settled(load)
+    assert not account.wrong
+    assert (account.killed, account.duplicates) == ([], {})
+    assert not [build for build in cluster.ledger.builds() if nobody_trusts < build.began < back]

@@ -380,6 +380,29 @@ def test_a_release_during_the_quarantine_keeps_the_epoch_down(rig):
     assert b.owned() == {3: new}
 
 
+def test_a_handover_waits_for_the_end_of_the_quarantine(rig):
+    """The last owner may still have to speak up; the lease stays where it is."""
+    a, b = pair(rig)
+    a.beat(takes=[3])
+    old = a.owned()[3]
+    rig.restart()
+    a.beat()
+    a.beat(releases=[(3, old, b.incarnation)])
+    assert a.leases[3] == Lease(old, a.incarnation)
+    rig.until(lambda: b.beat() and a.beat(releases=[(3, old, b.incarnation)]) and not a.owned(), "it is handed over")
+    b.beat()
+    assert b.owned()[3] > old
+
+
+def test_a_node_hands_a_lease_over_to_itself(rig):
+    """For a new epoch."""
+    a, _b = pair(rig)
+    a.beat(takes=[3])
+    old = a.owned()[3]
+    a.beat(releases=[(3, old, a.incarnation)])
+    assert a.owned()[3] > old
+
+
 def test_asserts_fill_an_empty_table(rig):
     """After a flush the survivors keep what they had, under the epochs that they had."""
     a, b = pair(rig)

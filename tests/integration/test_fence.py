@@ -141,6 +141,49 @@ def test_no_epoch_is_no_owner(rig):
     assert not (rig.root / "late").exists()
 
 
+def test_a_command_waits_while_nobody_knows_the_owner(rig):
+    """What runs goes on; what comes is begun when the process owns the key again, under its new epoch."""
+    now = [Claim("acme", 5, 30.0)]
+    backend, ended = rig.backend(), []
+    backend.claim = lambda: now[0]
+    assert not backend.fenced
+    first = running(backend, "echo $$ > pid; until [ -e go ]; do sleep 0.01; done", ended)
+    pid = wait_pid(rig.root / "pid")
+    assert backend.fenced
+    now[0] = Claim("acme", 0, 30.0)
+    second = running(backend, "echo second > log", ended)
+    rig.backend().exec("touch go; sleep 0.2")
+    first.join(30)
+    assert (ended[0].exit_code, is_gone(pid)) == (0, True)
+    assert not (rig.root / "log").exists()
+    assert second.is_alive()
+    now[0] = Claim("acme", 9, 30.0)
+    second.join(30)
+    assert (rig.root / "log").read_text() == "second\n"
+    with pytest.raises(NotOwner, match="epoch 9"):
+        owner(rig, 8).exec("true")
+
+
+def test_a_command_that_waits_in_vain_is_refused(rig):
+    """The grace ended, or the helper did: another owner came."""
+    now = [Claim("acme", 5, 30.0)]
+    backend, ended = rig.backend(), []
+    backend.claim = lambda: now[0]
+    backend.exec("true")
+    now[0] = Claim("acme", 0, 30.0)
+    waiting = running(backend, "touch late", ended)
+    now[0] = Claim("acme", 0)
+    waiting.join(30)
+    now[0] = Claim("acme", 5, 30.0)
+    backend.exec("true")
+    now[0] = Claim("acme", 0, 30.0)
+    waiting = running(backend, "touch late", ended)
+    owner(rig, 6).exec("true")
+    waiting.join(30)
+    assert [type(error) for error in ended] == [NotOwner, NotOwner]
+    assert not (rig.root / "late").exists()
+
+
 def test_nobody_s_key_needs_no_fence(rig):
     """Outside of a node, and for what many keys share."""
     backend = rig.backend()

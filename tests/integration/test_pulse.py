@@ -1,5 +1,6 @@
 """What becomes of a worker's remote commands when it is frozen or cut off. Over OpenSSH."""
 
+import contextlib
 import json
 import logging
 import os
@@ -9,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import psutil
 import pytest
 
 from pool import BackendPoolManager
+from pool.backends.base import Claim
+from pool.backends.workspace import Place
 from pool.errors import BackendUnavailable
 from pool.loopback_sshd import LoopbackSshd
 from tests.support.leaks import no_leaks
@@ -112,7 +114,7 @@ COMMANDS = {
 PIDS = ["plain", "deaf", "parent", "child", "grandchild"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def worker(rig, trust, **config):
     """A process with a pool that runs `COMMANDS`."""
     info = rig.info
@@ -183,14 +185,13 @@ class Cable:
             self._spawn(self._carry, server, client)
 
     def _carry(self, source, target):
-        try:
+        with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 self._whole.wait()
                 target.sendall(data)
-            self._whole.wait()
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
+        self._whole.wait()
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)  # also after a reset: the other side must hear of the end
 
     def cut(self):
         self._whole.clear()
@@ -247,6 +248,19 @@ def test_when_trust_ends_so_do_the_commands(rig):
     assert not (rig.root / "started").exists()
     end[0] = time.monotonic() + 1000
     assert backend.exec("echo again").stdout == "again\n"
+
+
+def test_what_is_fenced_outlives_the_trust_for_the_time_of_the_grace(rig):
+    """The host ends it for a newer owner. It does not so end an agent: with one, the connection ends with the trust."""
+    end = time.monotonic() + TRUST
+    fenced, mixed = (trusted(rig, lambda: end - time.monotonic()) for _ in range(2))
+    for backend in (fenced, mixed):
+        backend.claim = lambda: Claim("acme", 5, 600.0)
+        backend.exec("true")
+    mixed.run_sync(mixed.start_process(["sleep", "1000"], Place(mixed.root, "."), {}))
+    wait_until(lambda: not mixed.usable, "the host has ended the connection of the agent", ENDS)
+    assert time.monotonic() >= end - 0.1
+    assert fenced.exec("echo on").stdout == "on\n"
 
 
 def test_trust_without_limit(rig):

@@ -21,7 +21,8 @@ store whose clock jumps ahead):
 - `order`: no task of a key begins before those that were submitted before it with that key have begun.
 - `epochs_grow`: a shard is never served under a lower epoch than before.
 - `undisturbed`: restarts, failovers and flushes of the store alone, with busy hubs and drift, cost no running task: none
-  is killed before a handoff may have been overdue.
+  is killed before a handoff may have been overdue. With a fence and a long grace, a store that is down or frozen for longer
+  than the leases costs none, either.
 
 **Promised under those and the faults beyond** (a flushed store, a store's clock that jumps back, clocks that drift by 20 %), too:
 
@@ -50,6 +51,7 @@ Trace = list[tuple]
 Problems = list[str]
 
 DETECTION = 1.0  # seconds: network, restoring, a busy hub, timers; and a lease clock that lags behind late heartbeats
+LONG = 30.0  # seconds of grace that outlast whatever happens to the store
 RECENT = 12.0  # seconds for which a rebirth before the calm is felt
 
 
@@ -156,7 +158,10 @@ def order(trace: Trace, terms: Terms) -> Problems:
 
 def undisturbed(trace: Trace, terms: Terms) -> Problems:
     faults = next(fact[2:] for fact in trace if fact[0] == "faults")
-    if not {"restart_store", "fail_over", "flush", "busy_hub", "drift"}.issuperset(faults):
+    harmless = {"restart_store", "fail_over", "flush", "busy_hub", "drift"}
+    if terms.grace > LONG:
+        harmless |= {"stop_store", "freeze_store"}
+    if not harmless.issuperset(faults):
         return []
     begun: dict[int, tuple[float, int]] = {}
     done = {(fact[1], fact[2]) for fact in trace if fact[0] == "done"}

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 from pool.sharding.lease import NEVER, LeaseMachine
 from tests.simulation.node import Process
-from tests.simulation.world import Broker
+from tests.simulation.world import Broker, Hosts
 from tests.support import lease_store
 
 
@@ -20,6 +20,8 @@ class Mutation(NamedTuple):
     """... within so many seeds ..."""
     kinds: tuple[str, ...]
     """... under these faults. Empty: each seed's own choice."""
+    grace: float = 0.0
+    """Seconds; more than 0: with a fence at the build hosts."""
 
 
 @contextmanager
@@ -90,6 +92,14 @@ def _gives_up_releases(self, now):
     return [] if self.trusts(now) else self._lose(list(self.tenancies.values()), now)
 
 
+def _asserts_what_it_trusts(self, tenancy, now):
+    return self.trusts(now)
+
+
+def _lets_everybody_in(self, line, run, until):
+    return True
+
+
 def _counts(self):
     self.table.epoch += 1
     return self.table.epoch
@@ -144,6 +154,12 @@ MUTATIONS = {
     ),
     "a release without an answer is forgotten": Mutation(
         [(LeaseMachine, "_lapse", _gives_up_releases)], "one_owner", 200, ("freeze_store", "leave", "drain")
+    ),
+    "the build hosts keep no fence": Mutation(
+        [(Hosts, "_let_in", _lets_everybody_in)], "one_process", 20, ("cut_store",), 60.0
+    ),
+    "suspended leases are not asserted": Mutation(
+        [(LeaseMachine, "_may_speak_for", _asserts_what_it_trusts)], "undisturbed", 20, ("flush", "stop_store"), 60.0
     ),
     "epochs are counted by the table alone": Mutation(
         [(lease_store._Run, "_next_epoch", _counts)], "epochs_grow", 60, ("flush", "crash")

@@ -2,7 +2,7 @@
 
 What the driver promises to the machine: one request under way; ``restored`` after the dead were put back;
 ``stopped`` when nothing more can be taken and what has not started is back; ``idle`` when nothing runs and everything
-is settled; ``closed`` and ``abandoned`` when nothing runs any more, at the build host neither, and nothing is claimed.
+is settled (of suspended shards only while the node leaves); ``closed`` and ``abandoned`` when nothing runs any more, at the build host neither, and nothing is claimed.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,6 +18,7 @@ from pool.sharding.handoff import (
     Restore,
     Serve,
     Stop,
+    Suspend,
     Tenancy,
 )
 from pool.sharding.lease import LeaseMachine, Request, Terms
@@ -107,6 +108,8 @@ class Process:
         self.machine = LeaseMachine(self._incarnation(), node.name, node.shards, node.terms)
         self.line = Line(self.hosts, node.name, self.local(self._ended))
         self.stays: dict[Tenancy, int] = {}
+        self.kept: dict[int, int] = {}
+        """Stays of shards that are suspended, or were: what still runs there belongs to the next tenancy."""
         self.consuming: set[int] = set()
         self.pending: dict[Tenancy, Event] = {}
         """What the machine waits for."""
@@ -218,7 +221,7 @@ class Process:
 
     def _serve(self, instruction: Serve) -> None:
         tenancy = instruction.tenancy
-        self.stays[tenancy] = stay = next(self.world.names)
+        self.stays[tenancy] = stay = self.kept.pop(tenancy.shard, None) or next(self.world.names)
         self.world.fact("serve", stay, tenancy.shard, tenancy.epoch, self.machine.incarnation, self.node.name)
         self._on_hub(self._consume, tenancy)
 
@@ -251,8 +254,17 @@ class Process:
         self._kill(instruction.tenancy)
         self._expect(instruction.tenancy, "closed")
 
+    def _suspend(self, instruction: Suspend) -> None:
+        tenancy = instruction.tenancy
+        self.pending.pop(tenancy, None)
+        if tenancy in self.stays:
+            self.kept[tenancy.shard] = self.stays[tenancy]
+            self._unserve(tenancy)
+        self._on_hub(self._unconsume, tenancy, "idle")
+
     def _abandon(self, instruction: Abandon) -> None:
         tenancy = instruction.tenancy
+        self.kept.pop(tenancy.shard, None)
         self.pending.pop(tenancy, None)
         self._unserve(tenancy)
         self._kill(tenancy)
@@ -265,7 +277,7 @@ class Process:
 
     def _kill(self, tenancy: Tenancy) -> None:
         for run, its in self.runs.items():
-            if its is tenancy:
+            if its.shard == tenancy.shard:
                 self.killed.add(run)
                 self.line.send(self.hosts.kill, run)
 
@@ -284,6 +296,7 @@ class Process:
         Serve: "_serve",
         Stop: "_stop",
         Close: "_close",
+        Suspend: "_suspend",
         Abandon: "_abandon",
         Beat: "_beat_now",
         Rejoin: "_rejoin",
@@ -308,7 +321,9 @@ class Process:
             return False  # something may still be taken by a call that was given up
         if event == "stopped":
             return all(m.shard != shard or seq in self.running or seq in self.settling for seq, m in self.held.items())
-        if tenancy in self.runs.values():
+        if any(its.shard == shard for its in self.runs.values()):
+            return False
+        if tenancy.state == "suspended" and not self.machine.leaving:
             return False
         return self.machine.fenced or not any(m.shard == shard for m in self.held.values())
 
@@ -402,7 +417,7 @@ class Process:
                 self._start(message, tenancy)
 
     def _start(self, message: Message, tenancy: Tenancy) -> None:
-        run = Run(next(self.world.names), message, self.stays[tenancy])
+        run = Run(next(self.world.names), message, self.stays[tenancy], tenancy.epoch)
         self.running.add(message.seq)
         self.runs[run] = tenancy
         if self.node.name in self.hosts.cut:
@@ -410,7 +425,7 @@ class Process:
         self.line.send(self.hosts.start, run, self._remaining())
 
     def _remaining(self) -> float:
-        return max(0.0, self.machine.trusted_until - self.node.clock())
+        return max(0.0, self.machine.trusted_until + self.node.terms.grace - self.node.clock())
 
     def _pulse(self) -> None:
         if wanted := tuple(run for run in self.runs if run not in self.killed):

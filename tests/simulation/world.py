@@ -219,12 +219,14 @@ class Broker(Service):
 class Run:
     """One execution of a task."""
 
-    __slots__ = ("deadline", "ended", "killed", "message", "natural_end", "number", "stay")
+    __slots__ = ("deadline", "ended", "epoch", "killed", "line", "message", "natural_end", "number", "stay")
 
-    def __init__(self, number: int, message: Message, stay: int) -> None:
+    def __init__(self, number: int, message: Message, stay: int, epoch: int) -> None:
         self.number = number
         self.message = message
         self.stay = stay
+        self.epoch = epoch
+        self.line: Line | None = None  # once it has begun
         self.natural_end = 0.0
         self.deadline = 0.0  # when it ends, unless a pulse comes
         self.killed = False
@@ -249,25 +251,52 @@ class Line:
 
 
 class Hosts:
-    """Where commands run: until their end, until they are told to end, or until the pulses of their node run out."""
+    """Where commands run: until their end, until they are told to end, or until the pulses of their node run out.
 
-    def __init__(self, world: World) -> None:
+    *fenced*: an owner that is older than the newest known one of the key is refused, and what it runs is ended before
+    the first command of the newer one.
+    """
+
+    def __init__(self, world: World, *, fenced: bool = False) -> None:
         self.world = world
+        self.fenced = fenced
         self.cut: set[str] = set()
+        self.claimed: dict[str, int] = {}
+        self.running: dict[str, dict[Run, None]] = {}
 
     def start(self, line: Line, run: Run, remaining: float) -> None:
         """A command, and for how many seconds its node may be trusted."""
+        if self.fenced and not self._let_in(line, run, self.world.now + remaining):
+            return
+        run.line = line
+        self.running.setdefault(run.message.key, {})[run] = None
         self.world.fact("begin", run.number, run.message.key, run.message.seq, run.stay)
         run.natural_end = self.world.now + run.message.duration
         run.deadline = self.world.now + remaining
         self._look_again(line, run)
+
+    def _let_in(self, line: Line, run: Run, until: float) -> bool:
+        key = run.message.key
+        if run.killed or run.epoch < self.claimed.get(key, 0):
+            run.ended = True
+            self._tell(line, run, False)
+            return False
+        self.claimed[key] = run.epoch
+        older = [other for other in self.running.get(key, ()) if other.stay != run.stay]
+        for other in older:
+            self.kill(other.line, other)
+        if older:
+            self.world.after(0.05, lambda: self.start(line, run, until - self.world.now))
+        return not older
 
     def pulse(self, line: Line, runs: tuple[Run, ...], remaining: float) -> None:
         for run in runs:
             run.deadline = self.world.now + remaining
 
     def kill(self, line: Line, run: Run) -> None:
-        if run.natural_end and not run.killed:  # else its start was lost on the way
+        if not run.natural_end:  # it waits at the fence, or its start was lost on the way
+            run.killed = True
+        elif not run.killed:
             run.killed = True
             self.world.after(KILL_GRACE, self._end, line, run, False)
 
@@ -288,6 +317,7 @@ class Hosts:
         if run.ended:
             return
         run.ended = True
+        self.running[run.message.key].pop(run, None)
         self.world.fact("end", run.number)
         if whole:
             self.world.fact("done", run.message.seq)

@@ -257,11 +257,18 @@ class ValkeyContainer(Container):
         finally:
             os.kill(pid, signals.SIGCONT)
 
-    def restart(self, timeout: float = STOP_TIMEOUT) -> None:
-        """Stop and start; the URL stays."""
+    @contextlib.contextmanager
+    def away(self, timeout: float = STOP_TIMEOUT) -> Iterator[None]:
+        """Stop, and start again afterwards; the URL stays."""
         embedded.stop(self.folder)
+        yield
         again = embedded.embedded_url(self.folder, timeout=timeout)
         assert again == self.url
+
+    def restart(self, timeout: float = STOP_TIMEOUT) -> None:
+        """Stop and start."""
+        with self.away(timeout):
+            pass
 
     def teardown(self) -> None:
         embedded.stop(self.folder)

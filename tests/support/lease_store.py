@@ -190,11 +190,11 @@ class _Run:
         for shard, epoch, successor in self.request.releases:
             if self.table.leases.get(shard) != (epoch, self.me):
                 continue
-            if successor in self.table.alive:
+            if successor not in self.table.alive:
+                self._give(shard, "", epoch)
+            elif self.table.clock >= self.table.quarantine:
                 self._give(shard, successor, self._next_epoch())
                 handed.add(successor)
-            else:
-                self._give(shard, "", epoch)
         return handed
 
     def _renew(self) -> None:

@@ -23,6 +23,7 @@ def test_the_defaults_are_sound_and_as_documented():
     assert settings.tasks_at_once == 32
     assert settings.leased
     assert (settings.lease_ttl, settings.lease_heartbeat, settings.handoff_timeout) == (5.0, 1.0, 300.0)
+    assert settings.lease_grace == 120.0
     assert settings.key_concurrency == 4
 
 
@@ -240,6 +241,8 @@ def test_the_process_environment_is_read_without_an_argument(monkeypatch):
         ("POOL_MAX_AGENTS_MB", "0", "must be more than 0, or None for no limit"),
         ("POOL_MAX_AGENTS_MB", "nan", "must be more than 0"),
         ("POOL_IDLE_TIMEOUT", "5m", "must be a number of seconds"),
+        ("POOL_LEASE_GRACE", "-1", "must be 0 or more"),
+        ("POOL_LEASE_GRACE", "nan", "must be 0 or more"),
         ("POOL_IDLE_TIMEOUT", "-1", "must be more than 0"),
         ("POOL_IDLE_TIMEOUT", "nan", "must be more than 0"),
         ("POOL_MAX_BACKENDS", "1.5", "must be a whole number"),

@@ -1,8 +1,10 @@
 """The rules of the lease machine, one by one; the simulation tries them together."""
 
+from dataclasses import replace
+
 import pytest
 
-from pool.sharding.handoff import Abandon, Beat, Close, Rejoin, Restore, Serve, Stop
+from pool.sharding.handoff import KEPT, Abandon, Beat, Close, Rejoin, Restore, Serve, Stop, Suspend
 from pool.sharding.lease import Answer, Lease, LeaseMachine, Member, Release, Terms
 
 TERMS = Terms(ttl=5.0, heartbeat=1.0, handoff_timeout=30.0)
@@ -13,8 +15,8 @@ ME, OTHER = "a#1", "b#1"
 class Bench:
     """A machine, a clock, and a store that answers what the test says. The invariants hold after every event."""
 
-    def __init__(self, shards=4):
-        self.machine = LeaseMachine(ME, "a", shards, TERMS)
+    def __init__(self, shards=4, terms=TERMS):
+        self.machine = LeaseMachine(ME, "a", shards, terms)
         self.now = 100.0
         self.version = 0
         self.born = "t1"
@@ -66,6 +68,15 @@ class Bench:
 @pytest.fixture
 def bench():
     return Bench()
+
+
+GRACE = 60.0
+
+
+@pytest.fixture
+def patient():
+    """A node that lets fenced work go on."""
+    return Bench(terms=replace(TERMS, grace=GRACE))
 
 
 def kinds(instructions):
@@ -237,6 +248,112 @@ def test_what_comes_after_the_loss_is_ignored(bench):
         assert bench.state(1) == "losing"
     bench.happened("abandoned", 1)
     assert bench.machine.happened("abandoned", [tenancy], bench.now) == []
+
+
+# -- a store that is silent
+
+
+@pytest.mark.parametrize("steps", [[], ["restored"], ["restored", "move"], ["restored", "move", "stopped"]])
+def test_with_a_grace_everything_is_suspended_when_the_trust_ends(patient, steps):
+    """And abandoned when the grace is over, too."""
+    patient.beat(members={ME: "active"}, leases={1: Lease(5, ME)})
+    for step in steps:
+        patient.machine.tenancies[1].apply(step, patient.now)
+    assert kinds(patient.tick(TRUST)) == [Suspend]
+    assert patient.state(1) == "suspended"
+    assert patient.machine.deadline <= patient.now + GRACE
+    patient.machine.request(patient.now)
+    assert patient.tick(GRACE - 0.001) == []
+    assert kinds(patient.tick(0.001)) == [Abandon]
+    assert patient.state(1) == "losing"
+
+
+def test_backends_that_close_are_not_suspended(patient):
+    """They are on their way out."""
+    patient.serve(1)
+    for step in ("move", "stopped", "idle"):
+        patient.machine.tenancies[1].apply(step, patient.now)
+    assert kinds(patient.tick(TRUST)) == [Abandon]
+
+
+def test_what_is_ours_after_the_silence_goes_on_under_a_new_epoch(patient):
+    """Handed over to ourselves: the table may have forgotten later owners of the old one."""
+    patient.serve(1, epoch=10)
+    patient.tick(TRUST + 20)
+    told = patient.beat()
+    assert kinds(told) == [Beat]
+    request = patient.request()
+    assert request.releases == (Release(1, 10, ME),)
+    (restore, *_) = patient.answer(request, leases={1: Lease(30, ME)})
+    assert [(tenancy.epoch, tenancy.source) for tenancy in restore.tenancies] == [(30, KEPT)]
+    assert kinds(patient.happened("restored", 1))[0] is Serve
+    assert patient.request().releases == ()
+
+
+def test_what_is_another_s_after_the_silence_is_abandoned(patient):
+    """Somebody could reach the store."""
+    patient.serve(1, 2, epoch=10)
+    patient.tick(TRUST + 20)
+    told = patient.beat(members={ME: "active", OTHER: "active"}, leases={1: Lease(30, OTHER)})
+    assert Abandon(patient.machine.tenancies[1]) in told
+    assert patient.state(2) == "suspended"
+
+
+def test_a_node_that_was_taken_for_dead_in_the_silence_abandons_everything(patient):
+    """Its leases have gone to others."""
+    patient.serve(1)
+    patient.tick(TRUST + 20)
+    assert kinds(patient.beat(verdict="dead")) == [Abandon]
+
+
+def test_suspended_leases_are_asserted_to_a_table_that_was_lost_and_resumed_when_it_has_settled(patient):
+    """Whoever has a higher epoch may speak up first."""
+    patient.serve(1, 2, epoch=10)
+    patient.tick(TRUST + 20)
+    patient.born = "t2"
+    assert kinds(patient.beat(members={ME: "active"}, settles_in=5.0)) == [Beat]
+    request = patient.request()
+    assert request.asserts == ((1, 10), (2, 10))
+    patient.answer(request, leases={1: Lease(10, ME), 2: Lease(12, OTHER)}, settles_in=4.9)
+    assert (patient.state(1), patient.state(2)) == ("suspended", "losing")
+    assert patient.request().releases == ()
+    patient.beat(settles_in=0.0)
+    assert patient.request().releases == (Release(1, 10, ME),)
+
+
+def test_a_node_that_leaves_waits_for_suspended_work_but_no_longer(patient):
+    """Nobody can be told of it; idle, there is nothing to keep."""
+    patient.serve(1)
+    patient.tick(TRUST)
+    patient.call("leave")
+    assert patient.state(1) == "suspended"
+    assert kinds(patient.happened("idle", 1)) == [Abandon]
+    patient.happened("abandoned", 1)
+    assert patient.machine.tenancies == {}
+
+
+def test_a_node_that_leaves_hands_over_what_it_gets_back_from_the_silence(patient):
+    """Work that runs ends as in any handoff."""
+    patient.serve(1, epoch=10)
+    patient.tick(TRUST)
+    patient.call("leave")
+    patient.beat(members={ME: "draining", OTHER: "active"})
+    patient.answer(patient.request(), leases={1: Lease(30, ME)})
+    assert patient.state(1) == "restoring"
+    assert kinds(patient.happened("restored", 1))[:2] == [Serve, Stop]
+    assert patient.state(1) == "stopping"
+
+
+def test_a_silence_after_the_silence(patient):
+    """Before the next tenancy has begun, it is suspended like the first."""
+    patient.serve(1, epoch=10)
+    patient.tick(TRUST)
+    patient.beat()
+    patient.beat(leases={1: Lease(30, ME)})
+    assert patient.state(1) == "restoring"
+    assert kinds(patient.tick(TRUST)) == [Suspend]
+    patient.beat()
+    assert patient.request().releases == (Release(1, 30, ME),)
 
 
 # -- handoff

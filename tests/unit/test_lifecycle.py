@@ -75,7 +75,7 @@ def test_a_release_that_has_consequences_leaves_the_hot_path(what):
         case "retired":
             world.life.close_key("a", world.now, world.effects)
         case "closed":
-            world.life.expel("a".__eq__, world.now, world.effects)
+            world.life.expel(lambda key, _: key == "a", world.now, world.effects)
         case "lifetime":
             world.now += 200.0
         case "turn":

@@ -326,7 +326,7 @@ def test_a_member_that_was_closed_during_its_check_is_gone_when_that_fails():
     w.now += 10
     w.ask("a", agent=G)
     w.take(Connect)
-    w.life.expel(lambda key: key == "a", w.now, w.effects)
+    w.life.expel(lambda key, _: key == "a", w.now, w.effects)
     assert w.life.groups[G].closing == 1
     w.life.check_failed(entry, w.now, w.effects)
     assert w.take(Close) == []

@@ -259,7 +259,7 @@ class LifecycleMachine(RuleBasedStateMachine):
     def expel(self, keys: set[str]) -> None:
         """Keys that this process must not work for any more."""
         self.forced = True
-        self.decide(self.life.expel, keys.__contains__, self.now)
+        self.decide(self.life.expel, lambda key, _: key in keys, self.now)
         self.forced = False
         assert not [waiter for waiter in self.waiting if waiter.pooled and waiter.identity[0] in keys]
         assert not [entry for entry in self.life.live if entry.pooled and entry.identity[0] in keys]

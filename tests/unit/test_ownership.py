@@ -49,6 +49,29 @@ def test_a_shard_is_owned_while_it_is_held_and_trusted(board):
     assert 59 < board.remaining() <= 60
 
 
+def test_a_suspended_shard_may_go_on_but_begin_nothing(board):
+    """Until the grace after the trust is over; then as if it had been dropped."""
+    board.grace = 30.0
+    board.hold(1, 7)
+    assert board.may_go_on(1)
+    board.trust(now() - 10)
+    assert (board.owns(1), board.may_go_on(1)) == (False, True)
+    board.suspend(1)
+    board.trust(now() + 10)
+    assert (board.owns(1), board.may_go_on(1), board.epoch(1)) == (False, True, 0)
+    assert (board.count, board.suspended) == (0, 1)
+    board.suspend(1)
+    assert board.may_go_on(1)
+    board.hold(1, 9)
+    assert (board.owns(1), board.epoch(1), board.suspended) == (True, 9, 0)
+    board.suspend(1)
+    board.trust(now() - 31)
+    assert not board.may_go_on(1)
+    board.trust(now() + 10)
+    board.drop(1)
+    assert (board.may_go_on(1), board.suspended) == (False, 0)
+
+
 def test_without_leases_there_is_no_end(board):
     """Static placement."""
     assert board.remaining() is None
@@ -122,6 +145,45 @@ def test_the_guard_acts_on_its_own_when_the_trust_ends(board, pool, guard):
     wait_until(lambda: pool.peek(MINE) is None, "the backend is closed")
 
 
+class Fenced(MemoryBackend):
+    """As if its host ended what runs for a newer owner."""
+
+    fenced = True
+
+
+def test_the_guard_spares_what_is_fenced_for_the_time_of_the_grace(board, pool, guard):
+    """Of a shard that is suspended, or that nobody could suspend; a dropped one is over."""
+    fenced = Fenced()
+    fenced.run_sync(fenced.connect())
+    pool.register(MINE, "default", fenced)
+    with pool.backend(MINE, agent="bare") as bare:
+        pass
+    board.grace = 60.0
+    board.trust(now() - 0.1)
+    guard.wake()
+    wait_until(lambda: not bare.usable, "what nobody fences is closed")
+    assert fenced.usable
+    board.suspend(1)
+    guard.wake()
+    wait_until(lambda: board.cleared == board.dropped, "the guard has looked")
+    assert fenced.usable
+    board.drop(1)
+    guard.wake()
+    wait_until(lambda: not fenced.usable, "the shard is lost")
+
+
+def test_the_guard_acts_on_its_own_when_the_grace_ends(board, pool, guard):
+    """Nobody wakes it."""
+    fenced = Fenced()
+    fenced.run_sync(fenced.connect())
+    pool.register(MINE, "default", fenced)
+    board.grace = 0.4
+    board.trust(now() + 0.2)
+    guard.wake()
+    wait_until(lambda: not fenced.usable, "the grace is over")
+    assert not board.may_go_on(1)
+
+
 def test_a_caller_who_waits_for_a_connect_of_a_dropped_shard_is_told(board, pool):
     """BackendClosed, not a backend that nobody may use."""
     connecting, go = threading.Event(), threading.Event()
@@ -144,7 +206,7 @@ def test_a_caller_who_waits_for_a_connect_of_a_dropped_shard_is_told(board, pool
     thread = threading.Thread(target=ask)
     thread.start()
     assert connecting.wait(10)
-    gone = loop_thread().spawn(slow.aexpel(lambda key: True)).future.result(10)
+    gone = loop_thread().spawn(slow.aexpel(lambda key, backend: True)).future.result(10)
     thread.join(10)
     go.set()
     assert len(errors) == 1
