@@ -13,6 +13,7 @@ from pool import CommandFailed, CommandLost, CommandTimeout, PooledTask
     bind=True,
     key="user_id",
     secrets=("env",),
+    durable="durable",
     progress=True,
     throws=(CommandFailed, CommandLost, CommandTimeout),
 )

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from pool.backends.output import Capture, Stream
+from pool.backends.output import STREAMS, Capture, Stream
 from pool.backends.workspace import DurableTimeout
 from pool.errors import CommandLost, ConfigError, FileOperationFailed, PathEscapeError, PoolError
 from pool.helper import wire
@@ -67,7 +67,8 @@ class Running(Call[int]):
 
     def answer(self, kind: int, payload: bytes) -> None:
         if kind == wire.GAP:
-            self._capture.skip(int(payload))
+            for stream, count in zip(STREAMS, payload.split(), strict=True):
+                self._capture.skip(stream, int(count))
         elif kind == wire.EXIT:
             code, seconds, size, *timeout = payload.split()
             self._capture.usage = float(seconds), int(size)

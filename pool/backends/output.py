@@ -14,14 +14,16 @@ from pool.interrupt import interruptible
 from pool.runtime import Call
 
 Stream = Literal["stdout", "stderr"]
+STREAMS: tuple[Stream, Stream] = "stdout", "stderr"
 OnOutput = Callable[[str | bytes, Stream], object]
 """Called with each piece of output, text (or bytes with ``encoding=None``), and the name of its stream."""
 
 Text = TypeVar("Text", str, bytes)
 T = TypeVar("T")
 
-Tap = Callable[[str, bytes], object]
-"""Gets each piece of output and the name of its stream, on the event loop: must not block."""
+Tap = Callable[[str, bytes, int], object]
+"""Gets each piece of output with the name of its stream, and how many bytes are missing before it; on the event loop:
+must not block."""
 
 TAP: ContextVar[Tap | None] = ContextVar("pool_tap", default=None)
 """Listens to all commands, and turns of agents, that are run from its context."""
@@ -124,7 +126,7 @@ class Capture:
     """Collects both streams of one command."""
 
     def __init__(self, limit: int, sink: Sink | None = None, tap: Tap | None = None) -> None:
-        self.streams: dict[Stream, HeadTail] = {"stdout": HeadTail(limit), "stderr": HeadTail(limit)}
+        self.streams: dict[Stream, HeadTail] = {name: HeadTail(limit) for name in STREAMS}
         self._sink = sink
         self._tap = tap
         self.hidden = b""
@@ -140,14 +142,18 @@ class Capture:
         if self.hidden and stream == "stderr" and self.hidden in data:
             return
         if self._tap is not None:
-            self._tap(stream, data)
+            self._tap(stream, data, 0)
         if self._sink is not None:
             self._sink.push(stream, data)
 
-    def skip(self, count: int) -> None:
-        """Note that *count* bytes were left out here."""
+    def skip(self, stream: Stream, count: int) -> None:
+        """Note that *count* bytes were left out here, if any."""
+        if not count:
+            return
         self._count += 1
-        self.streams["stdout"].omit(self._count, count)
+        self.streams[stream].omit(self._count, count)
+        if self._tap is not None:
+            self._tap(stream, b"", count)
 
     def full(self, resume: Callable[[], None]) -> bool:
         """See `Sink.full`."""
@@ -163,7 +169,7 @@ class Capture:
 
     def result(self, exit_code: int, duration: float, encoding: str | None) -> ExecResult[Any]:
         """Everything that was kept, decoded."""
-        stdout, stderr = (self.streams[name].pieces(encoding) for name in ("stdout", "stderr"))
+        stdout, stderr = (self.streams[name].pieces(encoding) for name in STREAMS)
         both = sorted(stdout + stderr, key=lambda piece: piece[0]) if stdout and stderr else stdout or stderr
 
         def join(pieces: list[tuple[int, bytes]]) -> str | bytes:
@@ -191,9 +197,7 @@ class Decoder:
     def __init__(self, on_output: OnOutput, encoding: str | None) -> None:
         self._on_output = on_output
         self._decoders = (
-            {name: codecs.getincrementaldecoder(encoding)(errors="replace") for name in ("stdout", "stderr")}
-            if encoding
-            else {}
+            {name: codecs.getincrementaldecoder(encoding)(errors="replace") for name in STREAMS} if encoding else {}
         )
 
     def __call__(self, stream: Stream, data: bytes) -> None:
@@ -204,7 +208,7 @@ class Decoder:
 
     def finish(self) -> None:
         """Pass on what is left of a cut character."""
-        for stream in ("stdout", "stderr"):
+        for stream in STREAMS:
             if self._decoders and (text := self._decoders[stream].decode(b"", final=True)):
                 self._on_output(text, stream)
 

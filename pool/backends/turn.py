@@ -99,9 +99,9 @@ class Collector:
         self.count += 1
         encoded = json.dumps(update).encode()
         if self._tap is not None and update["type"] == "text":
-            self._tap("stdout", update["text"].encode(errors="replace"))
+            self._tap("stdout", update["text"].encode(errors="replace"), 0)
         elif self._tap is not None:
-            self._tap("update", encoded)
+            self._tap("update", encoded, 0)
         if self._sink is not None:
             self._sink.push("stdout", encoded)
 

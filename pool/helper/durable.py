@@ -17,8 +17,8 @@ KEEP = 86400.0
 """Seconds for which the output and the end of a command are kept after it."""
 SEGMENTS = 8
 """Segments of output that are kept: half of them the first, half the last."""
-POSITION = struct.Struct(">Q")
-"""At the start of a segment: the bytes of output before it."""
+POSITION = struct.Struct(">QQ")
+"""At the start of a segment: the bytes of stdout and of stderr before it."""
 RECORD = struct.Struct(">BI")
 """Before each piece of output: kind, length."""
 

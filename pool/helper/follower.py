@@ -27,7 +27,7 @@ class Follower:
         self._segment = -1
         self._file = -1
         self._unread = b""
-        self._position = 0
+        self._positions = {wire.OUT: 0, wire.ERR: 0}
 
     def step(self, now: float) -> "list[tuple[int, bytes]]":
         """Return the frames that there are to send, kind and payload; the last one is EXIT or FAILED, at the end."""
@@ -85,10 +85,14 @@ class Follower:
         """Return the last frames."""
         if not ended:
             return [(wire.FAILED, b"gone")]
-        end, position = ended.rsplit(b" ", 1)
-        missing = int(position) - self._position
-        gap = [(wire.GAP, b"%d" % missing)] if missing > 0 else []
-        return [*gap, (wire.EXIT, end)]
+        end, out, err = ended.rsplit(b" ", 2)
+        return [*self._move_to(int(out), int(err)), (wire.EXIT, end)]
+
+    def _move_to(self, out: int, err: int) -> "list[tuple[int, bytes]]":
+        """Go to these positions; tell what is missing before them."""
+        missing = max(0, out - self._positions[wire.OUT]), max(0, err - self._positions[wire.ERR])
+        self._positions = {wire.OUT: out, wire.ERR: err}
+        return [(wire.GAP, b"%d %d" % missing)] if any(missing) else []
 
     def _output(self) -> "list[tuple[int, bytes]]":
         """Read on, as far as there is credit."""
@@ -116,7 +120,7 @@ class Follower:
             if len(self._unread) < end:
                 break
             frames.append((kind, self._unread[at + durable.RECORD.size : end]))
-            self._position += length
+            self._positions[kind] += length
             self.credit -= length
             at = end
         self._unread = self._unread[at:]
@@ -141,10 +145,7 @@ class Follower:
         if len(head) < durable.POSITION.size:  # just being made
             os.close(file)
             return False
-        (position,) = durable.POSITION.unpack(head)
-        if position > self._position:
-            frames.append((wire.GAP, b"%d" % (position - self._position)))
-        self._position = position
+        frames += self._move_to(*durable.POSITION.unpack(head))
         self._segment, self._file, self._unread = later, file, b""
         return True
 

@@ -115,7 +115,8 @@ class _Keeper:
         code = 128 + signal.SIGKILL if command.code is None else command.code
         seconds, size = command.usage
         timeout = b" timeout" if self._timed_out else b""
-        self._tell(b"%d %.6f %d%s %d" % (code, seconds, size, timeout, self._log.position))
+        out, err = self._log.positions[wire.OUT], self._log.positions[wire.ERR]
+        self._tell(b"%d %.6f %d%s %d %d" % (code, seconds, size, timeout, out, err))
 
     def _tell(self, told: bytes) -> None:
         """Write down how it ended."""
@@ -176,8 +177,8 @@ class _Log:
         self._number = -1
         self._file = -1
         self._written = 0
-        self.position = 0
-        """Bytes of output so far, with those that were left out."""
+        self.positions = {wire.OUT: 0, wire.ERR: 0}
+        """Bytes of each stream so far, with those that were left out."""
 
     def add(self, kind: int, data: bytes) -> None:
         """Add a piece. One that finds no room is left out; the next segment tells."""
@@ -192,7 +193,7 @@ class _Log:
                     self._give_up()
             except OSError:
                 self._give_up()
-        self.position += len(data)
+        self.positions[kind] += len(data)
 
     def _give_up(self) -> None:
         """The disk is full, or the folder is gone: leave no half record."""
@@ -210,7 +211,7 @@ class _Log:
         except OSError:
             return
         try:
-            os.write(file, durable.POSITION.pack(self.position))
+            os.write(file, durable.POSITION.pack(self.positions[wire.OUT], self.positions[wire.ERR]))
         except OSError:
             os.close(file)
             return

@@ -29,7 +29,7 @@ DONE = 68  # result of a file operation
 FAILED = 69  # name of an error NUL its arguments...
 PONG = 70
 STARTED = 71  # a command that takes longer: its process, and since when that runs
-GAP = 72  # bytes of output that are left out here
+GAP = 72  # bytes of stdout and of stderr that are left out here, as decimal numbers
 
 COUNT = struct.Struct(">I")
 

@@ -1,7 +1,8 @@
 """The live output of a task in Redis: what its entries say, and how a reader makes pieces of them.
 
 A stream ``{pool}:live:<task id>`` holds entries of three kinds, all with the fields ``kind`` and ``attempt`` (an id: a
-task that is retried, or delivered again, runs once more under the same task id)::
+task that is retried, or delivered again, runs once more under the same task id; if its command has gone on, under the
+same attempt, too)::
 
     begin   facts   JSON object: what the worker tells of the attempt. Written again after the stream was lost
     output  stream  stdout, stderr or update (an agent's)
@@ -60,6 +61,7 @@ class Transcript:
         self.running: set[str] = set()
         """Attempts that have begun and not ended."""
         self._positions: dict[str, dict[str, int]] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
         self._last = ""
 
     def add(self, fields: Mapping[bytes, bytes]) -> list[Piece]:
@@ -71,14 +73,15 @@ class Transcript:
         if kind == b"output":
             stream = fields.get(b"stream", b"").decode(errors="replace")
             pieces += self._output(attempt, stream, _number(fields.get(b"offset")), fields.get(b"data", b""))
-        elif kind == b"end" and attempt in self.running:
+        elif kind == b"end":
             pieces += self._end(attempt, _object(fields.get(b"facts")))
         return pieces
 
     def _begin(self, attempt: str, facts: dict[str, Any]) -> list[Piece]:
-        if attempt in self._positions:
+        if attempt in self._positions and facts in ({}, self._facts[attempt]):
             return []
-        self._positions[attempt] = {}
+        self._positions.setdefault(attempt, {})  # known: another worker goes on with it
+        self._facts[attempt] = facts
         self.running.add(attempt)
         self._last = attempt
         self.over = False
@@ -96,8 +99,11 @@ class Transcript:
         return [Piece(stream, data, offset, offset - seen)]
 
     def _end(self, attempt: str, facts: dict[str, Any]) -> list[Piece]:
+        final = attempt == self._last and facts.get("state") in FINAL
+        if attempt not in self.running and (self.over or not final):
+            return []  # it comes twice; but of two workers that go on with an attempt, the second may end it for good
         self.running.discard(attempt)
-        self.over = attempt == self._last and facts.get("state") in FINAL
+        self.over = final
         totals = facts.pop("streams", None)
         known = totals.items() if isinstance(totals, dict) else ()
         gaps = [

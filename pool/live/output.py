@@ -82,12 +82,13 @@ class LiveOutput:
 
     # -- from any thread
 
-    def open(self, task_id: str, facts: Mapping[str, Any]) -> LiveTask:
+    def open(self, task_id: str, facts: Mapping[str, Any], attempt: str | None = None) -> LiveTask:
         """Return the writer of one attempt; *facts* (JSON) are what its begin says. No IO.
 
+        *attempt*: an id for all attempts that write the same output, from its first byte; None: this one has its own.
         Raises `ConfigError` for an id that is none.
         """
-        task = LiveTask(self, live_key(self.namespace, task_id), facts)
+        task = LiveTask(self, live_key(self.namespace, task_id), facts, attempt)
         self._open.add(task)
         if not self._ticking:
             self._ticking = True

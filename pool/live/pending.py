@@ -16,6 +16,10 @@ class Chunk:
         self.offset = 0
         self.data = data
 
+    def follows(self, stream: str, offset: int) -> bool:
+        """Whether what a stream writes at *offset* comes right after it."""
+        return self.stream == stream and self.offset + len(self.data) == offset
+
     @property
     def size(self) -> int:
         """Bytes that it takes up."""
@@ -60,11 +64,12 @@ class Pending:
         known = self._taken + sum(len(chunk.data) for chunk in waiting)
         return lines + (self._dropped * lines // known if known else 0)
 
-    def add(self, stream: str, data: bytes) -> None:
-        """Take what a stream has written next; drop the oldest chunks that there is no room for."""
-        length, offset, chunks = len(data), self.totals.get(stream, 0), self._chunks
+    def add(self, stream: str, data: bytes, missing: int = 0) -> None:
+        """Take what a stream has written next, *missing* bytes later; drop the oldest chunks there is no room for."""
+        length, offset, chunks = len(data), self.totals.get(stream, 0) + missing, self._chunks
         self.totals[stream] = offset + length
-        if chunks and (last := chunks[-1]).stream == stream and len(last.data) + length <= self._entry:
+        last = chunks[-1] if chunks else None
+        if last is not None and last.follows(stream, offset) and len(last.data) + length <= self._entry:
             last.data += data
             self.size += length
         else:

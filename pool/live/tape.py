@@ -26,8 +26,10 @@ class _Kept(NamedTuple):
 class Tape:
     """Of the stream *key*, which may hold *keep_bytes* and is gone *ttl* seconds after the last write."""
 
-    def __init__(self, key: str, facts: Mapping[str, Any], keep_bytes: int, ttl: float) -> None:
-        self.attempt = secrets.token_hex(4)
+    def __init__(
+        self, key: str, facts: Mapping[str, Any], keep_bytes: int, ttl: float, attempt: str | None = None
+    ) -> None:
+        self.attempt = attempt or secrets.token_hex(4)
         self._key = key
         self._facts = json.dumps(dict(facts), default=str)
         self._keep_bytes = keep_bytes

@@ -16,11 +16,11 @@ class LiveTask:
     """One attempt of a task, made by `LiveOutput.open`."""
 
     __slots__ = (
-        "_facts", "_tape", "done", "end", "flooding", "flying", "held", "key", "live", "opened", "paused", "pending",
-        "queued", "touched", "wrote",
+        "_attempt", "_facts", "_tape", "done", "end", "flooding", "flying", "held", "key", "live", "opened", "paused",
+        "pending", "queued", "touched", "wrote",
     )  # fmt: skip
 
-    def __init__(self, live: "LiveOutput", key: str, facts: Mapping[str, Any]) -> None:
+    def __init__(self, live: "LiveOutput", key: str, facts: Mapping[str, Any], attempt: str | None = None) -> None:
         self.live = live
         self.key = key
         self.opened = time.monotonic()
@@ -35,6 +35,7 @@ class LiveTask:
         self.wrote = 0.0
         self.held = 0  # what it counts of `ENDED_BYTES`
         self._facts = facts
+        self._attempt = attempt
         self._tape: Tape | None = None
 
     @property
@@ -52,14 +53,17 @@ class LiveTask:
         """What it has in Redis."""
         if self._tape is None:
             live = self.live
-            self._tape = Tape(self.key, self._facts, live.keep_bytes, live.ttl)
+            self._tape = Tape(self.key, self._facts, live.keep_bytes, live.ttl, self._attempt)
         return self._tape
 
-    def feed(self, stream: str, data: builtins.bytes) -> None:
-        """Take a piece of output (stdout, stderr or update); on the loop's thread, which it never holds up."""
+    def feed(self, stream: str, data: builtins.bytes, missing: int = 0) -> None:
+        """Take a piece of output (stdout, stderr or update), and how many bytes are missing before it.
+
+        On the loop's thread, which it never holds up.
+        """
         if self.end is not None:
             return
-        self.pending.add(stream, data)
+        self.pending.add(stream, data, missing)
         if not self.queued:
             self.live.queue(self)
 

@@ -51,19 +51,20 @@ class Run:
         self._live: LiveTask | None = None
         if live is not None and key is not None:
             facts = {"task": task.name, "key": key, "node": self.node, "started": self.started}
-            self._live = live.open(self.task_id, facts)
+            attempt = task.same_output(request.args or (), request.kwargs or {})
+            self._live = live.open(self.task_id, facts, attempt)
 
     @property
     def seconds(self) -> float:
         """Since it was started."""
         return (monotonic() if self.ended is None else self.ended) - self._began
 
-    def feed(self, stream: str, data: bytes) -> None:
-        """Take a piece of what it writes; on the event loop."""
-        self.bytes += len(data)
+    def feed(self, stream: str, data: bytes, missing: int) -> None:
+        """Take a piece of what it writes, and how many bytes are missing before it; on the event loop."""
+        self.bytes += missing + len(data)
         self.lines += data.count(b"\n")
         if self._live is not None:
-            self._live.feed(stream, data)
+            self._live.feed(stream, data, missing)
 
     def end(self, state: str, exit_code: int | None) -> None:
         """It has ended; those who follow its output are told."""

@@ -62,6 +62,9 @@ class PooledTask(Task):
     progress = False
     """Store the state ``PROGRESS`` while it runs, with ``bytes`` and ``lines`` of output and seconds ``elapsed``."""
     key: str | None = None
+    durable: str | None = None
+    """Names an argument: if it is true, all that the task writes is the output of one durable command, the same each
+    time that the task is delivered. Who follows its live output is shown each byte once."""
     shard: str | None = None
     """Instead of *key*: names an argument that is the number of a shard; for maintenance."""
     secrets: Sequence[str] = ()
@@ -74,7 +77,8 @@ class PooledTask(Task):
         """Check at start that the arguments exist. Raises `ConfigError`."""
         super().on_bound(app)
         known = list(_arguments(cls))
-        named = [("key", cls.key), ("shard", cls.shard), *(("secrets", name) for name in cls.secrets)]
+        one_each = [("key", cls.key), ("shard", cls.shard), ("durable", cls.durable)]
+        named = [*one_each, *(("secrets", name) for name in cls.secrets)]
         for field, name in named:
             if name is not None and name not in known:
                 raise ConfigError(f"task {cls.name}: {field}={name!r} is not one of its arguments ({', '.join(known)})")
@@ -110,6 +114,15 @@ class PooledTask(Task):
     def _key_of(self, request: Any) -> str:
         key = self.key_argument(request.args or (), request.kwargs or {})
         return check_key(request.get(KEY_HEADER) if key is None else key)
+
+    def same_output(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """Return the id under which every attempt writes the same output; None: each one writes its own."""
+        if self.durable is None:
+            return None
+        position, default = _arguments(type(self))[self.durable]
+        given = position is not None and position < len(args)
+        wanted = kwargs.get(self.durable, args[position] if given else default)  # type: ignore[index]
+        return "durable" if wanted else None
 
     def masked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Return the arguments as they may be shown; None: as they are, there is no secret among them."""

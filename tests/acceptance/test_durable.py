@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pool import follow
 from tests.support.celery_nodes import WorkerNode, group_members
 from tests.support.cluster import QUICK, Cluster, build_hosts
 from tests.support.openssh import OpenSshd
@@ -60,6 +61,26 @@ def test_the_node_goes_and_the_build_goes_on(
     told = result.get(timeout=RESULT_TIMEOUT)
     assert (told["node"], told["exit_code"], told["output"]) == (second.hostname(), 0, "built\n")
     assert gate.runs == 1
+
+
+def test_those_who_follow_it_see_each_byte_once(cluster: Cluster, producer: Producer, gate: Gate, key: str) -> None:
+    """One who was there from the start, and one who comes late: another node goes on at the next byte."""
+    first, second = of(cluster.start("one", "two", env=QUICK), producer, key)
+    numbers = "n=0; while [ ! -e go ] || [ $n -lt 60 ]; do n=$((n + 1)); echo line $n; sleep 0.05; done"
+    result = producer.build(key, f"{gate.command.partition(';')[0]}; mv started.new started; {numbers}", durable=True)
+    pieces, seen = follow(result.id, app=producer.app, timeout=RESULT_TIMEOUT), []
+    while len(seen) < 10:
+        seen.append(next(pieces))
+    kill(first)
+    gate.open()
+    seen += pieces
+    assert [piece.facts["node"] for piece in seen if piece.kind == "begin"] == [first.hostname(), second.hostname()]
+    for told in seen, list(follow(result.id, app=producer.app, wait=False)):
+        assert not any(piece.skipped for piece in told)
+        output = b"".join(piece.data for piece in told).decode()
+        assert output == result.get(timeout=RESULT_TIMEOUT)["output"]
+    lines = output.splitlines()
+    assert lines == [f"line {number}" for number in range(1, len(lines) + 1)]
 
 
 def test_a_build_that_ended_while_nobody_followed(

@@ -181,7 +181,7 @@ def test_another_boot_is_no_boot_of_this_machine(rig):
     """A keeper of before the restart has a number that may be another's now."""
     backend = rig.backend()
     running = Running(backend, STEPS, durable="task-1", check=False)
-    wait_until(lambda: b"one" in running.seen)  # it has met its keeper, and looks it up no more
+    wait_until(lambda: b"one" in running.seen, "it follows: its keeper it knows by then, and looks up no more")
     file = rig.root / ".pool" / "durable" / "task-1" / "keeper"
     pid, start, _boot, digest = file.read_text().split()
     file.write_text(f"{pid} {start} another-boot {digest}")

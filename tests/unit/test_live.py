@@ -65,18 +65,27 @@ class FakeStream:
 class Writer:
     """One attempt: does what `LiveOutput` does, when it is told to."""
 
-    def __init__(self, stream: FakeStream, keep: int = 10_000, limit: int = 2000, entry: int = 500) -> None:
+    def __init__(
+        self,
+        stream: FakeStream,
+        keep: int = 10_000,
+        limit: int = 2000,
+        entry: int = 500,
+        *,
+        node: str = "one",
+        attempt: str | None = None,
+    ) -> None:
         self.stream = stream
         self.pending = Pending(limit, entry)
-        self.tape = Tape("key", {"name": "build"}, keep, 60.0)
+        self.tape = Tape("key", {"name": "build", "node": node}, keep, 60.0, attempt)
         self.flying = []
         self.fed: dict[str, bytes] = {}
         self.end = None
         self.done = False
 
-    def feed(self, stream: str, data: bytes) -> None:
-        self.fed[stream] = self.fed.get(stream, b"") + data
-        self.pending.add(stream, data)
+    def feed(self, stream: str, data: bytes, missing: int = 0) -> None:
+        self.fed[stream] = self.fed.get(stream, b"") + bytes(missing) + data
+        self.pending.add(stream, data, missing)
 
     def flush(self, how: str = "ok", limit: int = 1500) -> None:
         self.flying = self.flying or self.pending.take(limit)
@@ -183,7 +192,7 @@ def test_the_begin_outlives_the_output():
     reader = Reader(stream)
     reader.read()
     assert reader.kinds[0] == "begin"
-    assert reader.pieces[0].facts == {"name": "build", "attempt": writer.tape.attempt}
+    assert reader.pieces[0].facts == {"name": "build", "node": "one", "attempt": writer.tape.attempt}
     assert reader.pieces[1].skipped == reader.pieces[1].offset > 5000
     assert reader.pieces[-1].data.endswith(b"039")
 
@@ -275,6 +284,42 @@ def test_the_end_of_an_attempt_that_was_replaced_is_not_the_end():
     new.close("SUCCESS")
     reader.read()
     assert reader.transcript.over
+
+
+@pytest.mark.parametrize("last_words", [None, "RETRY", "late REJECTED"], ids=str)
+def test_an_attempt_that_another_worker_goes_on_with_continues_at_the_next_byte(last_words):
+    """Killed, ended in good order, or believed dead: each byte is shown once, and the end is that of the second one."""
+    stream = FakeStream()
+    first, second = (Writer(stream, node=node, attempt="durable") for node in ("one", "two"))
+    reader = Reader(stream)
+    first.feed("stdout", b"one ")
+    first.feed("stderr", b"!")
+    first.flush()
+    if last_words == "RETRY":
+        first.close("RETRY")
+    reader.read()
+    second.feed("stdout", b"one tw")
+    second.feed("stderr", b"!?")
+    second.flush()
+    if last_words == "late REJECTED":
+        first.close("REJECTED")
+    second.feed("stdout", b"o three", 5)
+    second.close("SUCCESS")
+    reader.read()
+    assert reader.transcript.over
+    told = [
+        (piece.stream, piece.data, piece.offset, piece.skipped) for piece in reader.pieces if piece.kind == "output"
+    ]
+    assert told == [
+        ("stdout", b"one ", 0, 0),
+        ("stderr", b"!", 0, 0),
+        ("stdout", b"tw", 4, 0),
+        ("stderr", b"?", 1, 0),
+        ("stdout", b"o three", 11, 5),
+    ]
+    begins = [piece.facts["node"] for piece in reader.pieces if piece.kind == "begin"]
+    assert begins == ["one", "two"]
+    assert reader.pieces[-1].facts["state"] == "SUCCESS"
 
 
 def test_output_that_was_dropped_at_the_end_is_told_before_it():

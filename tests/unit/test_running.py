@@ -33,9 +33,10 @@ class Store:
 
 
 def task(task_id="t1", *, progress=False, timelimit=None, **limits):
-    request = SimpleNamespace(id=task_id, hostname="n@h", ignore_result=False, timelimit=timelimit)
+    request = SimpleNamespace(id=task_id, hostname="n@h", ignore_result=False, timelimit=timelimit, args=(), kwargs={})
     limits = {"time_limit": None, "soft_time_limit": None, **limits}
-    return SimpleNamespace(name="a.task", request=request, progress=progress, backend=Store(), **limits)
+    own_output = {"same_output": lambda args, kwargs: None}
+    return SimpleNamespace(name="a.task", request=request, progress=progress, backend=Store(), **own_output, **limits)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +72,8 @@ def test_output_is_counted_for_the_task_that_writes_it():
     """And for no other one; the tap ends with the task."""
     here = Running()
     with here.task(task(), "u1") as run:
-        TAP.get()("stdout", b"one\ntwo\n")
-        TAP.get()("stderr", b"three")
+        TAP.get()("stdout", b"one\ntwo\n", 0)
+        TAP.get()("stderr", b"three", 0)
         assert (run.bytes, run.lines) == (13, 2)
     assert TAP.get() is None
 
@@ -97,7 +98,7 @@ def test_a_run_is_described_the_same_way_while_it_runs_and_afterwards():
     here = Running()
     with here.task(task(), "u1") as run:
         here.uses("t1", "codex")
-        TAP.get()("stdout", b"one\n")
+        TAP.get()("stdout", b"one\n", 0)
         told = run.told()
     ((last,),) = here.last().values()
     assert set(last) - set(told) == {"state", "ended"}
@@ -145,7 +146,7 @@ def test_no_progress_comes_after_the_end_of_a_task(monkeypatch):
 
     def run():
         with here.task(slow, "u1") as run:
-            run.feed("stdout", b"line\n")
+            run.feed("stdout", b"line\n", 0)
             assert slow.backend.storing.wait(60)
         ended.set()
 
