@@ -171,6 +171,8 @@ class NodeMetrics:
         yield histogram("handoff_seconds", "Handing a shard over, until it is released.", {(): self._handoff})
         yield histogram("takeover_seconds", "Taking a dead node's shard, until it is served.", {(): self._takeover})
         yield gauge("shards_owned", "Shards that this node owns.", now.get("shards"))
+        suspended = "Shards that it may own, where the lease store does not say: nothing starts for them."
+        yield gauge("shards_suspended", suspended, now.get("shards_suspended"))
         yield gauge("shards", "Shards that there are.", now.get("shards_total"))
         yield gauge("lease_age_seconds", "Since the leases were last renewed.", now.get("lease_age_s"))
         yield gauge("lease_ttl_seconds", "The setting POOL_LEASE_TTL.", self._lease_ttl)

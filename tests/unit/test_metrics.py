@@ -26,7 +26,7 @@ DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "backend-pool.json"
 KEY = "canary-key"
 
 SNAPSHOT = {"backends": {("idle", "ssh"): 3, ("connecting", ""): 1}, "waiting": 2, "oldest_busy_s": 1.5}
-NODE = {"shards": 7, "shards_total": 64, "lease_age_s": 0.4, "draining": True}
+NODE = {"shards": 7, "shards_suspended": 2, "shards_total": 64, "lease_age_s": 0.4, "draining": True}
 
 
 def step(what: Any, reason: str = "", seconds: float = 0.2) -> Step:
@@ -122,6 +122,7 @@ def test_everything_observed_is_shown(text: str) -> None:
         "backend_pool_waiters": 2,
         "backend_pool_oldest_busy_seconds": 1.5,
         "backend_pool_shards_owned": 7,
+        "backend_pool_shards_suspended": 2,
         "backend_pool_shards": 64,
         "backend_pool_lease_age_seconds": 0.4,
         "backend_pool_lease_ttl_seconds": 5,
