@@ -57,8 +57,9 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         """How the program ended, as the server tells; "" while it runs, and when the connection was lost."""
         self._closing = False
         self._why: Exception | None = None  # it ended by itself
-        self.told: dict[int, bytes] = {}
-        """Processes of the commands that run, as the helper told of them."""
+        self._told: dict[int, bytes] = {}  # processes of the commands that run, as the helper told of them
+        self.left: list[bytes] = []
+        """What the next one is to end if this one was killed: of the commands that ran then."""
 
     # -- life
 
@@ -192,8 +193,8 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             frames += wire.frame(wire.INPUT, self._number)
         try:
             self._channel.write(frames)
-        except OSError as error:
-            raise self._lost(error) from error
+        except OSError as error:  # the channel is about to tell us of its end
+            raise self._lost(EOFError(self._reason("its helper ended"))) from error
         self._calls[self._number] = call
         return self._number
 
@@ -271,12 +272,12 @@ class Helper(asyncssh.SSHClientSession[bytes]):
 
     def _answer(self, kind: int, number: int, payload: bytes) -> None:
         if kind == wire.STARTED:
-            self.told[number] = payload
+            self._told[number] = payload
             return
         final = kind in (wire.EXIT, wire.DONE, wire.FAILED, wire.PONG)
         call = self._calls.pop(number, None) if final else self._calls.get(number)
         if final:
-            self.told.pop(number, None)
+            self._told.pop(number, None)
         if call is not None:
             call.answer(kind, payload)
 
@@ -295,6 +296,8 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             self._greeted.exception()
             return
         calls, self._calls = self._calls, {}
+        ran = [number for number, call in calls.items() if isinstance(call, Running)]
+        self.left = [*self._told.values(), *(wire.command_mark(self._token, number) for number in ran)]
         self._why = exc or (None if self._closing else EOFError(self._reason("its helper ended")))
         error = self._lost(self._why)
         for call in calls.values():

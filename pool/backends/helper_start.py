@@ -55,7 +55,7 @@ class Launcher:
         self._connection, self._channels, self._where, self._mode, self._lost = connection, channels, where, mode, lost
         self._helper: Helper | None = None
         self._starting: asyncio.Task[None] | None = None
-        self._left: list[bytes] = []  # processes of a helper that was killed
+        self._left: list[bytes] = []  # by a helper that was killed
         self._closed = False
 
     @property
@@ -143,7 +143,7 @@ class Launcher:
 
         Without anything to end, the next is begun when it is wanted: one that dies at once is not begun for ever.
         """
-        self._left = list(helper.told.values())
+        self._left = helper.left
         if not helper.how or helper.how == _IN_ORDER or self._connection.is_closed() or self._closed:
             return
         logger.warning("%s: the helper ended (%s)", self._where[0], helper.how)

@@ -34,7 +34,7 @@ class Refused(Exception):
 class Command:
     """A command that runs.
 
-    *spared*: the orphans that were there before it, and *began*: the time, see `family.Orphans`.
+    *spared*: the orphans that were there before it, and *began*: the time, see `family.Orphans`. *mark*: of its family.
     """
 
     __slots__ = (
@@ -44,6 +44,7 @@ class Command:
         "due",
         "known",
         "led",
+        "mark",
         "number",
         "outputs",
         "over",
@@ -54,8 +55,11 @@ class Command:
         "usage",
     )
 
-    def __init__(self, number: int, pid: int, outputs: "dict[int, int]", spared: bytes, began: int) -> None:
+    def __init__(
+        self, number: int, pid: int, outputs: "dict[int, int]", spared: bytes, began: int, mark: bytes = b""
+    ) -> None:
         self.number, self.pid, self.outputs, self.spared, self.began = number, pid, outputs, spared, began
+        self.mark = mark
         self.known = {pid: family.ANY}  # its family so far: who has lost its parent stays in it
         self.led = False
         self.credit = wire.WINDOW
@@ -112,8 +116,10 @@ def ended_children() -> "Iterator[tuple[int, int, resource.struct_rusage]]":
         yield pid, status, usage
 
 
-def start(request: bytes, base: "dict[bytes, bytes]") -> "tuple[int, int, int]":
+def start(request: bytes, base: "dict[bytes, bytes]", mark: bytes = b"") -> "tuple[int, int, int]":
     """Start the command of an EXEC; return its process and the ends of its stdout and stderr to read from.
+
+    *mark*: in its environment, unless it is empty or the command has one of its own.
 
     Raises `Refused`, and `OSError` when there is no room for it now (descriptors, processes, memory).
     """
@@ -121,8 +127,10 @@ def start(request: bytes, base: "dict[bytes, bytes]") -> "tuple[int, int, int]":
     texts = rest.split(b"\0")
     folders, variables = texts[: int(count)], texts[int(count) :]
     env = base
-    if variables:
+    if variables or mark:
         env = dict(base)
+        if mark:
+            env[family.MARK] = mark
         for variable in variables:
             name, _, value = variable.partition(b"=")
             env[name] = value

@@ -2,8 +2,8 @@
 
 A command is the first process of a session of its own. Its family is everything in that session, everything below it
 in the tree of processes, and every session that one of those has begun. On Linux the tree is read from /proc, and who
-lost its parent becomes a child of the helper (`adopt_orphans`), so that it can still be told from the rest of the host.
-Elsewhere the family is the command's process group.
+lost its parent becomes a child of the helper, so that it can still be told from the rest of the host; whose it is a
+variable in its environment says (`MARK`). Elsewhere the family is the command's process group.
 """
 
 import os
@@ -12,9 +12,11 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
 
 PROC = "/proc"
+MARK = b"POOL_COMMAND"
+"""The variable by which what a command has started is told from what others have. Who clears it is told by less."""
 
 
 class Process:
@@ -64,11 +66,21 @@ def nobodys(_: Process) -> bool:
     return False
 
 
+def marked(process: Process, mark: bytes) -> bool:
+    """Whether the environment that a process was started with has this `MARK`."""
+    try:
+        with open("%s/%d/environ" % (PROC, process.pid), "rb", buffering=0) as file:
+            return MARK + b"=" + mark in file.read().split(b"\0")
+    except OSError:  # gone, or another user's
+        return False
+
+
 class Orphans:
     """Processes that lost their parent, and became children of this one; and whose they are.
 
-    One that was born before a command began is not the command's, nor one in the session of an orphan that was there.
-    Of what came later none can tell, unless the command was the only one that ran since: then it is.
+    One with the mark of a command is the command's. Of the others: one that was born before a command began is not the
+    command's, nor one in the session of an orphan that was there. Of what came later none can tell, unless the command
+    was the only one that ran since: then it is.
     """
 
     def __init__(self) -> None:
@@ -91,13 +103,22 @@ class Orphans:
         """Note that two commands run at this moment."""
         self._mixed_until = ticks()
 
-    def belong(self, spared: bytes, began: int) -> "Callable[[Process], bool]":
-        """Return what tells of a process whether it is of a command that *began* (`ticks`) when *spared* were there."""
+    def belong(
+        self, spared: bytes, began: int, mark: bytes = b"", commands: "Container[int]" = ()
+    ) -> "Callable[[Process], bool]":
+        """Return what tells of a process whether it is of a command that *began* (`ticks`) when *spared* were there.
+
+        *commands*: the processes that are no orphans.
+        """
         before = self.spared.union(int(pid) for pid in spared.split())
         me = os.getpid()
 
         def belongs(process: Process) -> bool:
-            if process.parent != me or process.start <= self._mixed_until or process.start < began:
+            if process.parent != me or process.pid in commands:
+                return False
+            if mark and marked(process, mark):
+                return True
+            if process.start <= self._mixed_until or process.start < began:
                 return False
             return process.pid not in before and process.session not in before
 
@@ -182,15 +203,16 @@ def _signal(call: "Callable[[int, int], None]", target: int, number: int) -> Non
 
 
 def sweep(told: "list[bytes]") -> None:
-    """End what an earlier helper, which is no more, told of: each a process and its start."""
+    """End what an earlier helper, which is no more, has left of a command: a mark, or a process and its start, each."""
     for text in told:
         pid, _, start = text.partition(b" ")
-        if not start:  # nor is there a /proc to look at now
-            continue
-        roots = {int(pid): int(start)}
+        roots = {int(pid): int(start)} if start else {}
         for _ in range(20):  # what it starts at this moment is found the next time
-            found = members(roots, processes(), nobodys)
+            everyone = processes()
+            if not start:
+                roots.update((process.pid, process.start) for process in everyone if marked(process, text))
+            found = members(roots, everyone, nobodys)
             if not found:
                 break
-            send(signal.SIGKILL, int(pid), found, leads=False)
+            send(signal.SIGKILL, 0, found, leads=False)
             time.sleep(0.01)

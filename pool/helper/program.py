@@ -29,8 +29,8 @@ _CLOSE_PATIENCE = 2.0
 class Helper:
     """The state of the helper, and its loop."""
 
-    def __init__(self, env: "dict[bytes, bytes]") -> None:
-        self._env = env
+    def __init__(self, env: "dict[bytes, bytes]", token: str) -> None:
+        self._env, self._token = env, token
         self._orphans = family.Orphans()
         self._running = {}  # type: dict[int, commands.Command]
         self._by_pid = {}  # type: dict[int, commands.Command]
@@ -146,7 +146,7 @@ class Helper:
     def _family(self, command: commands.Command, everyone: "list[family.Process]") -> "list[family.Process] | None":
         if len(self._running) > 1:
             self._orphans.mix()
-        belongs = self._orphans.belong(command.spared, command.began)
+        belongs = self._orphans.belong(command.spared, command.began, command.mark, self._by_pid)
         return family.members(command.known, everyone, belongs) if everyone else None
 
     # -- the channel
@@ -234,9 +234,9 @@ class Helper:
 
     def _try_start(self, number: int, request: bytes) -> bool:
         """Start it, or say what is wrong with it; returns False when there is no room for it now."""
-        spared, began = self._orphans.present(), family.ticks()
+        spared, began, mark = self._orphans.present(), family.ticks(), wire.command_mark(self._token, number)
         try:
-            pid, out, err = commands.start(request, self._env)
+            pid, out, err = commands.start(request, self._env, mark)
         except commands.Refused as refused:
             self._send(wire.FAILED, number, wire.join(*refused.args))
             return True
@@ -245,7 +245,7 @@ class Helper:
                 return False
             self._send(wire.FAILED, number, wire.join(b"os", b"%d" % (error.errno or 0), b"/bin/sh"))
             return True
-        command = commands.Command(number, pid, {out: wire.OUT, err: wire.ERR}, spared, began)
+        command = commands.Command(number, pid, {out: wire.OUT, err: wire.ERR}, spared, began, mark)
         if self._running:
             self._orphans.mix()
         self._running[number] = self._by_pid[pid] = command
@@ -447,7 +447,7 @@ def _environment(of_parent: bool) -> "dict[bytes, bytes]":
 def main(token: str, of_parent: bool) -> None:
     """Say who we are, and serve."""
     os.chdir("/")
-    helper = Helper(_environment(of_parent))
+    helper = Helper(_environment(of_parent), token)
     os.write(1, wire.mark(token))
     helper.run()
     os._exit(helper.code)  # not waiting for a file operation that hangs

@@ -18,7 +18,7 @@ CREDIT = 3  # a number of bytes, COUNT (from both sides)
 KILL = 4  # end the command and all that it started; give the file operation up
 FILE = 5  # name of the operation NUL its arguments...
 PING = 6
-SWEEP = 7  # processes of a helper that is no more, as it told of them in STARTED, separated by NUL
+SWEEP = 7  # what a helper that is no more has left of its commands: marks, and what STARTED told, separated by NUL
 DURABLE = 8  # name NUL digest of the command NUL bytes of output to keep NUL seconds or 0 NUL an EXEC
 
 # From the helper.
@@ -47,6 +47,11 @@ KILL_GRACE = 0.1
 def mark(token: str) -> bytes:
     """What the helper says first; before it the login shell's start-up files may say what they like."""
     return ("pool-helper %d %s\n" % (VERSION, token)).encode()
+
+
+def command_mark(token: str, number: int) -> bytes:
+    """The value of `family.MARK` in the environment of a command."""
+    return ("%s.%d" % (token, number)).encode()
 
 
 def frame(kind: int, number: int, payload: bytes = b"") -> bytes:

@@ -90,18 +90,51 @@ def below(program):
     return psutil.Process(program.pid).children(recursive=True)
 
 
+def two_with_daemons(program, folder, first=""):
+    """Run two commands at a time, each with a daemon; return their numbers and those of the daemons."""
+    numbers = [
+        program.exec(f"{how} {daemon(name)}; sleep 1000", [str(folder)]) for how, name in ((first, "a"), ("", "b"))
+    ]
+    pids = [wait_pid(folder / name) for name in ("a", "b")]
+    for pid in pids:
+        wait_until(lambda pid=pid: psutil.Process(pid).ppid() == program.pid, "it is an orphan")
+    return numbers, pids
+
+
 def test_a_daemon_of_another_command_is_spared(program, tmp_path):
-    """Two at a time: whose the orphans are cannot be told, so they live."""
-    os.mkfifo(tmp_path / "fifo")
-    program.exec(f"read x < fifo; {daemon('pid')}; sleep 1000", [str(tmp_path)])
-    second = program.exec("sleep 1000")
-    program.wait_told(second)
-    (tmp_path / "fifo").write_text("go\n")
-    pid = wait_pid(tmp_path / "pid")
-    wait_until(lambda: psutil.Process(pid).ppid() == program.pid, "it is an orphan")
+    """Two at a time: each has its mark."""
+    (first, second), (its, other) = two_with_daemons(program, tmp_path)
+    program.send(wire.KILL, first)
+    assert program.wait(first).code == TERMINATED
+    assert (is_gone(its), is_gone(other)) == (True, False)
     program.send(wire.KILL, second)
-    assert program.wait(second).code == TERMINATED
-    assert not is_gone(pid)
+    program.wait(second)
+    assert is_gone(other)
+
+
+@pytest.mark.parametrize("unmarked", ["env -i", "POOL_COMMAND="])
+def test_a_daemon_without_the_mark_is_spared_beside_another_command(program, unmarked, tmp_path):
+    """Whose it is nobody can tell; who wants it to live can do so on purpose."""
+    (first, _), (its, other) = two_with_daemons(program, tmp_path, unmarked)
+    program.send(wire.KILL, first)
+    program.wait(first)
+    assert (is_gone(its), is_gone(other)) == (False, False)
+
+
+def test_the_daemons_of_all_commands_end_with_the_helper(program, tmp_path):
+    """None is left because there were several."""
+    _, pids = two_with_daemons(program, tmp_path)
+    assert program.hang_up() == 0
+    assert [pid for pid in pids if not is_gone(pid)] == []
+
+
+def test_what_a_killed_helper_has_left_is_found_by_its_mark(program, tmp_path):
+    """Also what nobody was told of, and what is in a session of its own without a parent."""
+    numbers, pids = two_with_daemons(program, tmp_path)
+    os.kill(program.pid, signal.SIGKILL)
+    with Program() as other:
+        other.send(wire.SWEEP, 0, wire.join(*(wire.command_mark("token", number) for number in numbers)))
+        wait_gone(*pids)
 
 
 def test_a_daemon_of_an_earlier_command_is_spared(program, tmp_path):
