@@ -39,6 +39,7 @@ NAMES = (
     "handoff",
     "shutdown",
     "takeover",
+    "build_kills",
     "agents",
     "agent_kills",
     "agent_limit",
