@@ -160,8 +160,8 @@ async def _answered(connection: asyncssh.SSHClientConnection, opening: Callable[
     """Await *opening*; a connection that ends in the middle of it is a lost one."""
     try:
         return await opening()
-    except AttributeError as error:  # asyncssh 2.24 forgets the session it is about to start
-        if connection.is_closed():
+    except (AttributeError, OSError) as error:  # asyncssh 2.24 forgets the session it is about to start, or
+        if connection.is_closed():  # passes on what its socket has told
             raise asyncssh.ConnectionLost("the connection ended while a channel was opened") from error
         raise
 

@@ -143,14 +143,18 @@ def test_a_refusal_of_a_dead_connection_is_told_at_once():
     asyncio.run(main())
 
 
-def test_a_connection_that_ends_while_a_channel_is_opened_is_lost():
-    """asyncssh stumbles over it (an AttributeError); of a connection that lives it would be a bug, and is shown."""
+@pytest.mark.parametrize(
+    "shown",
+    [AttributeError("'NoneType' object has no attribute 'session_started'"), BrokenPipeError(32, "Broken pipe")],
+)
+def test_a_connection_that_ends_while_a_channel_is_opened_is_lost(shown):
+    """asyncssh stumbles, or shows what its socket told; of a connection that lives it would be a bug, and is shown."""
 
     async def stumble():
-        raise AttributeError("'NoneType' object has no attribute 'session_started'")
+        raise shown
 
     async def main():
-        for connection, error in ((DEAD, asyncssh.ConnectionLost), (ALIVE, AttributeError)):
+        for connection, error in ((DEAD, asyncssh.ConnectionLost), (ALIVE, type(shown))):
             channels = Channels(1)
             with pytest.raises(error):
                 await channels.granted(connection, stumble)
