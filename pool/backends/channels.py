@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from time import monotonic
@@ -46,8 +45,8 @@ class Channels:
         self._taken = 0
         self._opened = 0  # channels that the server has granted
         self._lasting = 0  # of those, how many stay as long as the connection (SFTP): no use in waiting for them
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._freed = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []  # not a deque, and no event until it is needed: each of them
+        self._freed: asyncio.Event | None = None  # takes 0.8 KB, and a process may have a thousand idle connections
 
     async def take(self) -> None:
         """Wait for a slot."""
@@ -68,7 +67,7 @@ class Channels:
     def _give_back(self) -> None:
         self._taken -= 1
         while self._waiting and self._taken < self._limit:
-            turn = self._waiting.popleft()
+            turn = self._waiting.pop(0)
             if not turn.done():
                 self._taken += 1
                 turn.set_result(None)
@@ -77,7 +76,7 @@ class Channels:
         """A granted channel is closed by the server: its slot is free again, not before."""
         self._opened -= 1
         self._lasting -= lasting
-        self._freed.set()
+        self._wake_refused()
         self._give_back()
 
     async def granted(
@@ -108,6 +107,7 @@ class Channels:
                     self._opened += 1
                     self._lasting += lasting
                     return result
+                self._freed = self._freed or asyncio.Event()
                 self._freed.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_REFUSED_PAUSE):  # `wait_for` of Python 3.11 can swallow a cancel
@@ -128,7 +128,12 @@ class Channels:
         """The extra channel is closed by the server."""
         self._opened -= 1
         self._lasting -= 1
-        self._freed.set()
+        self._wake_refused()
+
+    def _wake_refused(self) -> None:
+        """Have those whom the server refused ask again."""
+        if self._freed is not None:
+            self._freed.set()
 
     async def start(
         self, connection: asyncssh.SSHClientConnection, session: "CommandSession", line: str, setup: bytes
