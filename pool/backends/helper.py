@@ -18,7 +18,7 @@ import asyncssh
 
 from pool.backends.channels import Channels
 from pool.backends.helper_calls import Answer, Call, Ping, Running, Transfer
-from pool.backends.output import Capture, HeadTail
+from pool.backends.output import Capture
 from pool.backends.workspace import Durable, Place
 from pool.errors import PoolError
 from pool.helper import wire
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 5.0
 """Seconds for the host's python3 to begin; one that takes longer counts as none."""
+_SAID = 400
+"""Bytes of stderr that are kept, for the reason why there is no helper."""
 _KILL_PATIENCE = wire.KILL_GRACE + 5.5
 """Seconds for the helper to report that a killed command is gone; it has 5 s itself to make sure."""
 
@@ -48,7 +50,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._unread = b""
         self._rest: tuple[int, int, int] | None = None  # of an output frame that came in part: kind, number, bytes
-        self._stderr = HeadTail(4096)
+        self._said = b""  # at last, on stderr
         self._calls: dict[int, Call[Any]] = {}
         self._number = 0
         self.epoch = -1
@@ -122,7 +124,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             self._channel.close()
 
     def _reason(self, what: str = "its python3 did not begin") -> str:
-        said = self._stderr.tail_text(400).strip().rpartition("\n")[2]
+        said = self._said.decode(errors="replace").strip().rpartition("\n")[2]
         return ": ".join(filter(None, [what, self.how or "cut off", said]))
 
     # -- calls
@@ -225,7 +227,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
         if datatype is not None:
-            self._stderr.add(0, data)
+            self._said = (self._said + data)[-_SAID:]
         elif self._greeted.done():
             self._parse(data)
         else:
