@@ -6,7 +6,7 @@ import random
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Self
 
 import asyncssh
 
@@ -29,6 +29,10 @@ class LoginClient(asyncssh.SSHClient):
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
         self.connection = conn
 
+    def factory(self) -> Self:
+        """Given to asyncssh, which wants to make its client itself, and keeps this as long as the connection."""
+        return self
+
     @property
     def greeted(self) -> bool:
         """Whether the server said that it speaks SSH."""
@@ -48,16 +52,11 @@ async def log_in(
     options = {"encryption_algs": _CIPHERS, **options, **known_hosts_option(options)}
     refusals = 0
     while True:
-        made: list[LoginClient] = []
-
-        def client(made: list[LoginClient] = made) -> LoginClient:
-            made.append(make_client())
-            return made[-1]
-
+        client = make_client()
         try:
-            return await asyncssh.connect(host, port, client_factory=client, **options)
+            return await asyncssh.connect(host, port, client_factory=client.factory, **options)
         except (asyncssh.ConnectionLost, ConnectionResetError, BrokenPipeError) as error:
-            if not made or made[0].greeted:
+            if client.connection is None or client.greeted:
                 raise
             refusals += 1
             pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(refusals - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311 - spread, not secret
