@@ -155,8 +155,8 @@ class RemoteFiles:
         async with self._starting:
             if self._client is None:
                 connection = await self._backend.live_connection()
-                if self._backend._files is not self:  # a new connection was made: its files are others
-                    return await self._backend._files._sftp()
+                if (files := self._backend.sftp_files) is not self:  # a new connection was made: its files are others
+                    return await files._sftp()
                 self._client = await self._backend.channels.granted(
                     connection,
                     lambda: connection.start_sftp_client(path_errors="surrogateescape"),

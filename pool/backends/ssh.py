@@ -67,6 +67,13 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     *max_output*: bytes of each output stream that are kept. *env*: added to the environment of every command.
     """
 
+    __slots__ = (  # in a dict more than 30 attributes take 1.6 KB, and a process may have a thousand idle connections
+        "_channels", "_clean_at", "_client_keys", "_connect_timeout", "_connection", "_files", "_insecure",
+        "_keepalive", "_known_hosts", "_launcher", "_login_shell", "_lost_why", "_max_channels", "_max_connects",
+        "_passphrase_env", "_password_env", "_processes", "_pulse", "_startup_files", "_warned", "base_env",
+        "exec_mode", "host", "max_output", "port", "root", "root_dir", "username",
+    )  # fmt: skip
+
     kind = "ssh"
     capabilities = Capabilities(exec=True, files=True)
 
@@ -122,7 +129,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._launcher: Launcher | None = None
         self._connection: asyncssh.SSHClientConnection | None = None
         self._channels = Channels(max_channels)
-        self._files = RemoteFiles(self)
+        self._files: RemoteFiles | None = None
         self._lost_why = "it broke"
         self._login_shell = ""
         self._pulse: Pulse | None = None
@@ -153,7 +160,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         """Make the new connection the one in use, or leave none behind."""
         self._connection = connection
         self._channels = Channels(self._max_channels)
-        self._files = RemoteFiles(self)
+        self._files = None
         where = (self.host, self.port, self.username)
         self._launcher = Launcher(
             connection,
@@ -414,8 +421,15 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         """The channels of the present connection."""
         return self._channels
 
+    @property
+    def sftp_files(self) -> RemoteFiles:
+        """The files of the present connection, by SFTP."""
+        if self._files is None:
+            self._files = RemoteFiles(self)
+        return self._files
+
     async def _files_now(self) -> RemoteFiles | HelperFiles:
-        return await (await self._live())[1].files() or self._files
+        return await (await self._live())[1].files() or self.sftp_files
 
     async def read_file(self, place: Place) -> bytes:
         return await (await self._files_now()).read(place)
