@@ -12,7 +12,6 @@ its way, or in a frozen worker, says nothing that is no longer true.
 import asyncio
 import logging
 import shlex
-from collections import deque
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -88,6 +87,7 @@ done
 [ -z "$last" ] || {{ kill "$last"; wait "$last"; }}
 exit 0
 """
+_LINE = f"exec {shlex.join(['/bin/sh', '-c', _SCRIPT, 'pool-pulse'])}"  # made once: asyncssh keeps it for each channel
 
 
 class Pulse(asyncssh.SSHClientSession[bytes]):
@@ -102,9 +102,9 @@ class Pulse(asyncssh.SSHClientSession[bytes]):
         self._channel: Any = None
         self._channels: Channels | None = None
         self._unread = b""
-        self._clock: deque[float] = deque(maxlen=_SAMPLES)  # the host's time minus ours, in seconds, if not more
+        self._clock: list[float] = []  # the host's time minus ours, in seconds, if not more
         self._answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._beating: asyncio.Task[None] | None = None
+        self._beating: asyncio.TimerHandle | None = None
 
     async def start(self, connection: asyncssh.SSHClientConnection, channels: Channels) -> str:
         """Return when the host's clock is set, or say why the host has none; what is started later is covered.
@@ -112,9 +112,8 @@ class Pulse(asyncssh.SSHClientSession[bytes]):
         Raises `BackendUnavailable` when the process may not work even now, asyncssh's errors when the connection is
         dead.
         """
-        line = f"exec {shlex.join(['/bin/sh', '-c', _SCRIPT, 'pool-pulse'])}"
         try:
-            await channels.open_extra(connection, lambda: connection.create_session(lambda: self, line, encoding=None))
+            await channels.open_extra(connection, lambda: connection.create_session(lambda: self, _LINE, encoding=None))
         except asyncssh.ChannelOpenError as error:
             if connection.is_closed():
                 raise
@@ -129,7 +128,7 @@ class Pulse(asyncssh.SSHClientSession[bytes]):
         pause = self._beat()
         if pause is None:
             raise BackendUnavailable("this process may not work for its keys any more", "setup", 0.0)
-        self._beating = asyncio.create_task(self._go_on(pause))
+        self._beat_later(pause)
         return ""
 
     def stop(self) -> None:
@@ -139,17 +138,20 @@ class Pulse(asyncssh.SSHClientSession[bytes]):
             self._beating = None
         self._close()
 
-    async def _go_on(self, pause: float | None) -> None:
+    def _beat_later(self, pause: float) -> None:
+        self._beating = asyncio.get_running_loop().call_later(pause, self._go_on)
+
+    def _go_on(self) -> None:
         """Beat while the process may work. Then what runs is ended by the host, when it was told to."""
-        while pause is not None:
-            await asyncio.sleep(pause)
-            try:
-                pause = self._beat()
-            except OSError:  # the channel is closed
-                return
-            except Exception:
-                logger.exception("asking how long this process may work failed: taken as not any more")
-                return
+        try:
+            pause = self._beat()
+        except OSError:  # the channel is closed
+            return
+        except Exception:
+            logger.exception("asking how long this process may work failed: taken as not any more")
+            return
+        if pause is not None:
+            self._beat_later(pause)
 
     def _beat(self) -> float | None:
         """Tell the host; return the seconds until the next time, None when the process may not work any more."""
@@ -182,7 +184,7 @@ class Pulse(asyncssh.SSHClientSession[bytes]):
         for line in lines:
             _, mark, said = line.decode("utf-8", "replace").rpartition(_MARK)
             if mark and said.isdecimal():
-                self._clock.append(int(said) / 100 - monotonic())
+                self._clock = [*self._clock, int(said) / 100 - monotonic()][-_SAMPLES:]
                 self._answered("")
             elif mark:
                 self._answered(f"a session's parent, {said!r}, is no process of the connection's that it may end")
