@@ -245,7 +245,7 @@ class Lifecycle:
         if entry.preparing:
             return
         while entry.waiters and (entry.max_users is None or entry.users < entry.max_users):
-            waiter = entry.waiters.popleft()
+            waiter = entry.waiters.pop(0)
             if entry.state == "idle":
                 del self.idle[entry]
                 entry.busy_since = now
