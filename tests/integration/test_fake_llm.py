@@ -154,11 +154,11 @@ def test_an_agent_without_a_shell_tool_is_told_so(client):
 def test_slow_comes_word_by_word(client, path):
     """Spread over the time it was told."""
     began = time.monotonic()
-    with client.stream("POST", path, json=body(path, "/slow 0.6 one two three")) as response:
+    with client.stream("POST", path, json=body(path, "/slow 3 one two three")) as response:
         arrived = [(word, time.monotonic() - began) for word in words(path, response)]
     assert [word for word, _ in arrived] == ["one ", "two ", "three"]
-    assert arrived[0][1] < 0.5
-    assert 0.55 < arrived[2][1] < 3
+    assert arrived[2][1] > 2.9
+    assert arrived[2][1] - arrived[0][1] > 1.0  # of 2, so that a busy machine may be a second late
 
 
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])

@@ -92,12 +92,11 @@ def below(program):
 
 def two_with_daemons(program, folder, first=""):
     """Run two commands at a time, each with a daemon; return their numbers and those of the daemons."""
-    numbers = [
-        program.exec(f"{how} {daemon(name)}; sleep 1000", [str(folder)]) for how, name in ((first, "a"), ("", "b"))
-    ]
-    pids = [wait_pid(folder / name) for name in ("a", "b")]
-    for pid in pids:
-        wait_until(lambda pid=pid: psutil.Process(pid).ppid() == program.pid, "it is an orphan")
+    numbers, pids = [], []
+    for how, name in ((first, "a"), ("", "b")):
+        numbers.append(program.exec(f"{how} {daemon(name)}; sleep 1000", [str(folder)]))
+        pids.append(wait_pid(folder / name))
+        wait_until(lambda: psutil.Process(pids[-1]).ppid() == program.pid, "it is an orphan")
     return numbers, pids
 
 
