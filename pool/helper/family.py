@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container
 
 PROC = "/proc"
-MARK = b"POOL_COMMAND"
-"""The variable by which what a command has started is told from what others have. Who clears it is told by less."""
+MARK = b"WARM_COMMAND"
+"""The variable by which what a command has started is told from what others have. Who clears it is told by less.
+No ``POOL_``: those are a node's own, which no command sees."""
 
 
 class Process:

@@ -111,7 +111,7 @@ def test_a_daemon_of_another_command_is_spared(program, tmp_path):
     assert is_gone(other)
 
 
-@pytest.mark.parametrize("unmarked", ["env -i", "POOL_COMMAND="])
+@pytest.mark.parametrize("unmarked", ["env -i", "WARM_COMMAND="])
 def test_a_daemon_without_the_mark_is_spared_beside_another_command(program, unmarked, tmp_path):
     """Whose it is nobody can tell; who wants it to live can do so on purpose."""
     (first, _), (its, other) = two_with_daemons(program, tmp_path, unmarked)

@@ -101,7 +101,7 @@ def test_the_environment_is_the_login_s_with_what_the_command_adds():
         assert program.run('echo "$A $B $C"; echo "$LINES"', A="new", C="x=y z").out == b"new kept x=y z\na\nb\n"
         assert program.run('echo "$A $B $C"').out == b"old kept \n"
         names = {line.split(b"=")[0] for line in bytes(program.run("env").out).splitlines()}
-        assert names - {b"PWD", b"OLDPWD", b"SHLVL", b"_"} == {b"PATH", b"A", b"B", b"LINES", b"b", b"POOL_COMMAND"}
+        assert names - {b"PWD", b"OLDPWD", b"SHLVL", b"_"} == {b"PATH", b"A", b"B", b"LINES", b"b", b"WARM_COMMAND"}
 
 
 def test_a_megabyte_of_environment(program):
