@@ -8,9 +8,8 @@ A lease is as good as its owner's membership, which each answered request renews
 ``request sent + ttl - margin`` on its own clock; the store waits ``ttl`` from a later moment on its clock. So nobody
 can own a shard that somebody else still trusts to own, unless a clock errs by more than ``margin`` within ``ttl``.
 
-A node whose trust ends because the store is silent starts nothing any more. For ``grace`` seconds it lets go on what a
-build host would end for a newer owner (`suspended` in `handoff.py`); what is its own when the store answers again it
-takes over from itself, under a new epoch.
+A node whose trust ends in a silence of the store starts nothing. For ``grace`` seconds it lets go on what a host would
+end for a newer owner (`suspended` in `handoff.py`); what is its own then it takes over from itself, under a new epoch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,6 +29,7 @@ from pool.sharding.handoff import (
     Restore,
     Serve,
     Source,
+    State,
     Stop,
     Suspend,
     Tenancy,
@@ -40,6 +40,8 @@ NodeState = Literal["active", "draining", "bye"]
 Verdict = Literal["ok", "dead", "name", "shards"]
 
 NEVER = float("-inf")
+
+_CALLS_FOR: Mapping[State, type[Serve | Close | Abandon]] = {"serving": Serve, "closing": Close, "losing": Abandon}
 
 
 @dataclass(frozen=True)
@@ -306,16 +308,14 @@ class LeaseMachine:
         """Lose everything if the trust has ended, also when nobody was awake to see it end."""
         if self.trusts(now):
             return []
-        done: list[Instruction] = []
         patient = now < self.trusted_until + self.terms.grace
-        for tenancy in self.tenancies.values():
-            if patient and tenancy.expects("silence"):
-                tenancy.apply("silence", now)
-                done.append(Suspend(tenancy))
+        silenced = [t for t in self.tenancies.values() if patient and t.expects("silence")]
+        for tenancy in silenced:
+            tenancy.apply("silence", now)
         # What was released is not forgotten before the table says so: begun anew under its old epoch, it would
         # be handed over in full use by a release that was only slow.
         kept = {"releasing", "suspended"} if patient else {"releasing"}
-        return done + self._lose([t for t in self.tenancies.values() if t.state not in kept], now)
+        return [*map(Suspend, silenced), *self._lose([t for t in self.tenancies.values() if t.state not in kept], now)]
 
     def tick(self, now: float) -> list[Instruction]:
         """Do what time, or a changed table, asks for."""
@@ -416,8 +416,7 @@ class LeaseMachine:
     def _wants_to_talk(self, now: float) -> bool:
         """Once for each wish; what came to nothing is repeated at the heartbeat."""
         wishes = {tenancy.shard for tenancy in self.tenancies.values() if tenancy.state == "releasing"}
-        wishes.update(self._takes())
-        wishes.update(tenancy.shard for tenancy in self._resumable(now))
+        wishes.update(self._takes(), (tenancy.shard for tenancy in self._resumable(now)))
         return bool(wishes - self._asked) or self._state() == "bye"
 
     def _successor(self, shard: int) -> str:
@@ -433,12 +432,8 @@ class LeaseMachine:
             if self.tenancies.get(tenancy.shard) is not tenancy or not tenancy.expects(event):
                 continue
             tenancy.apply(event, now)
-            if tenancy.state == "serving":
-                done.append(Serve(tenancy))
-            elif tenancy.state == "closing":
-                done.append(Close(tenancy))
-            elif tenancy.state == "losing":
-                done.append(Abandon(tenancy))
+            if tenancy.state in _CALLS_FOR:
+                done.append(_CALLS_FOR[tenancy.state](tenancy))
             elif tenancy.state == "gone":
                 del self.tenancies[tenancy.shard]
         return done + (self.tick(now) if self.trusts(now) else self._rejoin())

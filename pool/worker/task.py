@@ -95,16 +95,19 @@ class PooledTask(Task):
         return None if self.shard is None else lambda args, kwargs: self._argument(self.shard, args, kwargs)
 
     def _argument(self, name: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        position, default = _arguments(type(self))[name]
-        if position is not None and position < len(args):
-            return args[position]
-        if default is _Parameter.empty:
+        value = self._value(name, args, kwargs)
+        if value is _Parameter.empty:
             raise InvalidKey(
                 f"task {self.name} needs its argument {name!r}: it is the {'key' if self.key else 'shard'}"
             )
-        return check_key(default) if self.key else default
+        return value
+
+    def _value(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the argument is, given or by default; `inspect.Parameter.empty`: neither."""
+        if name in kwargs:
+            return kwargs[name]
+        position, default = _arguments(type(self))[name]
+        return args[position] if position is not None and position < len(args) else default
 
     @property
     def pool_key(self) -> str:
@@ -117,12 +120,8 @@ class PooledTask(Task):
 
     def same_output(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """Return the id under which every attempt writes the same output; None: each one writes its own."""
-        if self.durable is None:
-            return None
-        position, default = _arguments(type(self))[self.durable]
-        given = position is not None and position < len(args)
-        wanted = kwargs.get(self.durable, args[position] if given else default)  # type: ignore[index]
-        return "durable" if wanted else None
+        value = None if self.durable is None else self._value(self.durable, args, kwargs)
+        return "durable" if value and value is not _Parameter.empty else None
 
     def masked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Return the arguments as they may be shown; None: as they are, there is no secret among them."""
