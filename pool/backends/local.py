@@ -65,25 +65,14 @@ class LocalFilesystemBackend(WorkspaceBackend):
     async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
         shell = ShellCommand(command, cwd.chain, {})
         capture.hidden = shell.token.encode()
-        running = _Command(capture)
-        starting = asyncio.ensure_future(
-            asyncio.get_running_loop().subprocess_exec(
-                lambda: running, *shell.argv, env=dict(env), cwd=self.root, start_new_session=True
-            )
-        )
+        running = _Command(capture, shell.argv, env=dict(env), cwd=self.root)
+        self._running.add(running)
         try:
-            await asyncio.shield(starting)
-        except asyncio.CancelledError:  # asyncio would kill the supervising shell alone
-            await asyncio.wait({starting})
-            if starting.exception() is None:
-                await running.kill()
-            raise
+            await running.started()
+            running.write(shell.setup)
+            code = await running.ended()
         except OSError as error:
             raise FileOperationFailed.of(error.errno or 0, "start of", command[:80]) from error
-        self._running.add(running)
-        running.write(shell.setup)
-        try:
-            code = await running.ended()
         finally:
             self._running.discard(running)
         if not self.usable:
@@ -161,13 +150,15 @@ def _under(place: Place) -> tuple[bytes, list[bytes]]:
 
 
 class _Command(asyncio.SubprocessProtocol):
-    """One running command: feeds its output to the capture; ended when it exited and closed its output."""
+    """One command, started at once: feeds its output to the capture; ended when it exited and closed its output."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, argv: Sequence[str], **options: Any) -> None:
         self._capture = capture
         self._transport: Any = None
         self._open_pipes = {1, 2}
-        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = loop.create_future()
+        self._starting = loop.create_task(loop.subprocess_exec(lambda: self, *argv, start_new_session=True, **options))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -197,16 +188,27 @@ class _Command(asyncio.SubprocessProtocol):
         if data:
             self._transport.get_pipe_transport(0).write(data)
 
+    async def started(self) -> None:
+        """Wait until it runs; cancelled, kill the process group first. Raises `OSError`."""
+        await self._or_kill(self._starting)
+
     async def ended(self) -> int:
         """Return the exit code; cancelled, kill the process group first."""
+        return await self._or_kill(self._ended)
+
+    async def _or_kill(self, stage: asyncio.Future[T]) -> T:
         try:
-            return await asyncio.shield(self._ended)
+            return await asyncio.shield(stage)
         except asyncio.CancelledError:
             await self.kill()
             raise
 
     async def kill(self) -> None:
         """Let go of the lifeline, so that the supervising shell kills the group; make sure of it."""
+        # It may run before asyncio is done with its start, which if cancelled would kill the supervising shell alone.
+        await asyncio.wait({self._starting})
+        if self._starting.exception() is not None:
+            return
         self._capture.detach()
         for fd in self._open_pipes:  # a pipe that waits for a slow reader would not tell its end
             self._transport.get_pipe_transport(fd).resume_reading()

@@ -134,6 +134,26 @@ def test_destroy_ends_running_commands(shell, sh):
     wait_gone(*pids)
 
 
+@pytest.mark.parametrize("moment", range(0, 30, 3))
+def test_destroy_ends_a_command_that_is_starting(shell, moment):
+    """At whatever turn of the loop it comes: the command may run before its start is over."""
+    backend = shell.backend()
+    backend.exec("true")
+
+    async def main():
+        call = asyncio.create_task(backend.aexec("echo $$ > pid; sleep 1000"))
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        await backend.adestroy()
+        done, _ = await asyncio.wait({call}, timeout=20.0)
+        assert done, "the call still waits"
+        return call.exception()
+
+    assert isinstance(loop_thread().run(main()), BackendClosed)
+    if (shell.root / "pid").exists() and (pid := (shell.root / "pid").read_text()):
+        wait_gone(int(pid))
+
+
 @pytest.mark.parametrize("remote", CHANNELS, indirect=True)
 def test_destroy_ends_commands_that_wait_for_a_channel(remote):
     """Who waits in line when the backend is destroyed is told, not forgotten."""
