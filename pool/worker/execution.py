@@ -92,6 +92,12 @@ class Call:
         if self.request is None or not self.request.revoked():
             apply_target(*self._call)
 
+    def terminate(self, signal: int) -> None:
+        """Celery's last word to a task that it terminates: nothing is left to do.
+
+        One that waits is revoked by now and will not run; one that runs was ended by `interruptible`.
+        """
+
 
 def interruptible(pool_cls: Any, extension: Any) -> Any:
     """Return an execution pool whose tasks a cold shutdown can end.

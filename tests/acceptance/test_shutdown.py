@@ -132,6 +132,7 @@ def test_quit_kills_the_build_and_another_node_runs_it_again(
     assert result.get(timeout=RESULT_TIMEOUT)["node"] == second.hostname()
     assert gate.runs == 2
     assert first.logs().count("succeeded in") == 0
+    assert "Unrecoverable error" not in first.logs()
     assert second.stop() == 0
     assert site.messages() == 0
 

@@ -226,16 +226,19 @@ def test_bad_turns_get_a_clear_error_and_the_chat_goes_on(site, start, turned, k
     assert turned(key, "hello")["stop_reason"] == "end_turn"
 
 
-def test_a_waiting_turn_can_be_revoked(start, turn, turned, key, producer):
+@pytest.mark.parametrize("terminate", [False, True])
+def test_a_waiting_turn_can_be_revoked(terminate, start, turn, turned, key):
     """As any task that has not begun."""
-    start("a")
+    node = start("a")
     slow = turn(key, "/slow 2 words")
     waiting = turn(key, "never said")
-    waiting.revoke()
+    node.wait_for(f"[{waiting.id}] received")
+    waiting.revoke(terminate=terminate)
     assert slow.get(timeout=RESULT_TIMEOUT)["stop_reason"] == "end_turn"
     with pytest.raises(TaskRevokedError):
         waiting.get(timeout=RESULT_TIMEOUT)
     assert "never said" not in turned(key, "what did I say?")["text"]
+    assert "Traceback" not in node.logs()
 
 
 def test_many_chats_share_a_few_places_for_agents(site, start: Callable[..., WorkerNode], turn, key):
