@@ -12,7 +12,7 @@ from pool import CommandFailed, CommandLost, CommandTimeout, PooledTask
     base=PooledTask,
     bind=True,
     key="user_id",
-    secrets=("env",),
+    secrets=("env", "stdin"),
     durable="durable",
     progress=True,
     throws=(CommandFailed, CommandLost, CommandTimeout),
@@ -28,10 +28,12 @@ def run_build(
     timeout: float | None = None,
     check: bool = True,
     durable: bool = False,
+    stdin: str | None = None,
 ) -> dict[str, Any]:
     """Run *cmd* by ``/bin/sh`` on the backend of *user_id*, below ``projects/<project>`` if a project is given.
 
-    *env*: may hold secrets; logs, events and Flower show ``***`` for its values. *timeout*: seconds, then the command
+    *stdin*: what the command reads; without, it is empty. It and *env* may hold secrets: logs, events and Flower show
+    ``***`` for them. *timeout*: seconds, then the command
     and all that it started is killed. *durable*: the command outlives its worker and the connection; when the task is
     delivered again, or retried, it goes on with the same command and does not start another (SSH with a helper only).
     Returns ``exit_code``, ``output`` (both streams as they came), ``truncated``, ``duration_s``, ``warm`` (the backend
@@ -47,7 +49,7 @@ def run_build(
             workspace = workspace.scope(f"projects/{project}")
             workspace.mkdir(".")
         name = self.request.id if durable else None
-        result = workspace.exec(cmd, cwd=cwd, env=env, timeout=timeout, check=check, durable=name)
+        result = workspace.exec(cmd, cwd=cwd, env=env, timeout=timeout, check=check, durable=name, stdin=stdin)
         return {
             "exit_code": result.exit_code,
             "output": result.output,

@@ -90,7 +90,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         try:
             self._channel.write(program)
             if sweep:
-                self._send(wire.SWEEP, 0, wire.join(*sweep))
+                self._channel.write(wire.frame(wire.SWEEP, 0, wire.join(*sweep)))
             async with asyncio.timeout(START_TIMEOUT):
                 await self._greeted
         except TimeoutError:
@@ -130,7 +130,13 @@ class Helper(asyncssh.SSHClientSession[bytes]):
     # -- calls
 
     async def run(
-        self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture, durable: Durable | None = None
+        self,
+        command: str,
+        cwd: Place,
+        env: Mapping[str, str],
+        capture: Capture,
+        stdin: bytes = b"",
+        durable: Durable | None = None,
     ) -> int:
         """Run a command to its end; as `Driver.run` and `Driver.run_durable`.
 
@@ -140,11 +146,23 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         texts = [command, str(len(chain)), *chain, *[f"{name}={value}" for name, value in env.items()]]
         kind = wire.EXEC
         if durable is not None:
-            kind, digest = wire.DURABLE, sha256(repr((command, chain)).encode("utf-8", "surrogateescape")).hexdigest()
-            texts = [durable.name, digest, str(durable.keep), str(durable.timeout or 0.0), *texts]
+            kind = wire.DURABLE
+            texts = [
+                durable.name,
+                _digest(command, chain, stdin),
+                str(durable.keep),
+                str(durable.timeout or 0.0),
+                *texts,
+            ]
+        request = kind, "\0".join(texts).encode("utf-8", "surrogateescape")
         running = Running(self, command, chain[-1], capture)
-        running.number = self._open(running, kind, "\0".join(texts).encode("utf-8", "surrogateescape"))
         try:
+            if len(stdin) > wire.CHUNK:
+                running.number = self._open(running)
+                await running.send(wire.STDIN, stdin)
+                self.send(request[0], running.number, request[1])
+            else:
+                running.number = self._open(running, *[(wire.STDIN, stdin)] * bool(stdin), request)
             return await asyncio.shield(running.ended)
         except asyncio.CancelledError:
             await self._kill(running)
@@ -154,7 +172,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         """End it, and return when it is gone."""
         running.detach()
         if running.number in self._calls:
-            self._tell(wire.KILL, running.number)
+            self.send(wire.KILL, running.number)
         done, _ = await asyncio.wait({running.ended}, timeout=_KILL_PATIENCE)
         if done:
             running.ended.exception()  # nobody asks any more
@@ -165,60 +183,50 @@ class Helper(asyncssh.SSHClientSession[bytes]):
     async def operate(self, operation: str, path: str, *arguments: bytes, content: bytes | None = None) -> Answer:
         """Do a file operation; *path* is for error messages. Raises `FileOperationFailed`, `PathEscapeError`."""
         transfer = Transfer(self, operation, path)
+        frames = [(wire.FILE, wire.join(operation.encode(), *arguments))]
         short = content is not None and len(content) <= wire.CHUNK  # in one piece: one packet, if that has room for it
-        number = transfer.number = self._open(
-            transfer, wire.FILE, wire.join(operation.encode(), *arguments), content if short else None
-        )
+        if content and short:
+            frames.append((wire.INPUT, content))
+        if short:
+            frames.append((wire.INPUT, b""))
+        number = transfer.number = self._open(transfer, *frames)
         try:
             if content is not None and not short:
-                await transfer.send(content)
+                await transfer.send(wire.INPUT, content)
+                self.send(wire.INPUT, number, b"")
             return await transfer.ended
         finally:
             if self._calls.pop(number, None):  # cancelled: it goes on, or gives up, without us
-                self._tell(wire.KILL, number)
+                self.send(wire.KILL, number)
 
     async def ping(self) -> None:
         """Return when it has answered."""
         ping = Ping(self)
-        self._open(ping, wire.PING, b"")
+        self._open(ping, (wire.PING, b""))
         await ping.ended
 
-    def _open(self, call: Call[Any], kind: int, payload: bytes, content: bytes | None = None) -> int:
-        """Begin a call; *content* is all of its input."""
+    def _open(self, call: Call[Any], *frames: tuple[int, bytes]) -> int:
+        """Begin a call with these frames: kind and payload of each."""
         if self.closed:
             raise self._lost(self._why)
         self._number += 1
-        frames = wire.frame(kind, self._number, payload)
-        if content:
-            frames += wire.frame(wire.INPUT, self._number, content)
-        if content is not None:
-            frames += wire.frame(wire.INPUT, self._number)
         try:
-            self._channel.write(frames)
+            self._channel.write(b"".join([wire.frame(kind, self._number, payload) for kind, payload in frames]))
         except OSError as error:  # the channel is about to tell us of its end
             raise self._lost(EOFError(self._reason("its helper ended"))) from error
         self._calls[self._number] = call
         return self._number
 
-    def _send(self, kind: int, number: int, payload: bytes = b"") -> None:
-        self._channel.write(wire.frame(kind, number, payload))
-
-    def _tell(self, kind: int, number: int, payload: bytes = b"") -> None:
+    def send(self, kind: int, number: int, payload: bytes = b"") -> None:
         """Send it, unless the channel is closed or about to be: then all calls get to know in `connection_lost`."""
         if not self.closed:
             with suppress(OSError):
-                self._send(kind, number, payload)
+                self._channel.write(wire.frame(kind, number, payload))
 
     def give_credit(self, number: int, count: int) -> None:
         """Let the helper send *count* bytes more."""
         if number in self._calls:
-            self._tell(wire.CREDIT, number, wire.COUNT.pack(count))
-
-    def send_input(self, number: int, data: bytes) -> None:
-        """Send a piece of content; ``b""`` is its end."""
-        if self.closed:
-            raise self._lost(self._why)
-        self._tell(wire.INPUT, number, data)
+            self.send(wire.CREDIT, number, wire.COUNT.pack(count))
 
     # -- called by asyncssh
 
@@ -307,3 +315,9 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         if not self._closing:
             self._closing = True
             self._on_end(self)
+
+
+def _digest(command: str, chain: Sequence[str], stdin: bytes) -> str:
+    """What tells one durable command from another."""
+    what = (command, list(chain), *([sha256(stdin).hexdigest()] if stdin else []))
+    return sha256(repr(what).encode("utf-8", "surrogateescape")).hexdigest()

@@ -18,11 +18,33 @@ T = TypeVar("T")
 class Call(Generic[T]):
     """One call; ``ended`` has what became of it, ``number`` is given when it is sent."""
 
+    _credit = wire.WINDOW
+
     def __init__(self, helper: "Helper") -> None:
         self.number = 0
         self.ended: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._helper = helper
         self._consumed = 0
+        self._more: asyncio.Event | None = None  # while it waits for credit
+
+    async def send(self, kind: int, content: bytes) -> None:
+        """Send *content* in frames of this kind as the helper takes it; return at once when the call has ended."""
+        view = memoryview(content)
+        while view and not self.ended.done():
+            if self._credit <= 0:
+                self._more = asyncio.Event()
+                await self._more.wait()
+                continue
+            piece = bytes(view[: min(wire.CHUNK, self._credit)])
+            self._helper.send(kind, self.number, piece)
+            self._credit -= len(piece)
+            view = view[len(piece) :]
+
+    def granted(self, payload: bytes) -> None:
+        """The helper has consumed some of it."""
+        self._credit += wire.COUNT.unpack(payload)[0]
+        if self._more is not None:
+            self._more.set()
 
     def feed(self, kind: int, data: bytes) -> None:
         """Take a piece of output, or of a file."""
@@ -32,6 +54,8 @@ class Call(Generic[T]):
 
     def end(self, result: T | Exception) -> None:
         """Tell what became of it, unless that is known."""
+        if self._more is not None:
+            self._more.set()
         if self.ended.done():
             return
         if isinstance(result, Exception):
@@ -69,6 +93,8 @@ class Running(Call[int]):
         if kind == wire.GAP:
             for stream, count in zip(STREAMS, payload.split(), strict=True):
                 self._capture.skip(stream, int(count))
+        elif kind == wire.CREDIT:
+            self.granted(payload)
         elif kind == wire.EXIT:
             code, seconds, size, *timeout = payload.split()
             self._capture.usage = float(seconds), int(size)
@@ -91,7 +117,7 @@ class Running(Call[int]):
             return FileOperationFailed.of(2, "cwd", self._folder, "no such folder, or not accessible")
         if what == "escape":
             return PathEscapeError(f"cwd {self._folder!r} leaves its root through a symlink, to {rest[0]!r}")
-        return FileOperationFailed.of(int(rest[0]), "start of", short)
+        return FileOperationFailed.of(int(rest[0]), "stdin of" if what == "stdin" else "start of", short)
 
 
 @dataclass
@@ -109,23 +135,6 @@ class Transfer(Call[Answer]):
         super().__init__(helper)
         self._operation, self._path = operation, path
         self._pieces: list[bytes] = []
-        self._credit = wire.WINDOW
-        self._more = asyncio.Event()
-
-    async def send(self, content: bytes) -> None:
-        """Send *content* as the helper takes it, and its end; return at once when the operation has failed."""
-        view = memoryview(content)
-        while view and not self.ended.done():
-            if self._credit <= 0:
-                self._more.clear()
-                await self._more.wait()
-                continue
-            piece = bytes(view[: min(wire.CHUNK, self._credit)])
-            self._helper.send_input(self.number, piece)
-            self._credit -= len(piece)
-            view = view[len(piece) :]
-        if not self.ended.done():
-            self._helper.send_input(self.number, b"")
 
     def feed(self, kind: int, data: bytes) -> None:  # noqa: ARG002 - a file has one stream
         self._pieces.append(data)
@@ -135,16 +144,11 @@ class Transfer(Call[Answer]):
 
     def answer(self, kind: int, payload: bytes) -> None:
         if kind == wire.CREDIT:
-            self._credit += wire.COUNT.unpack(payload)[0]
-            self._more.set()
+            self.granted(payload)
         elif kind == wire.DONE:
             self.end(Answer(payload, b"".join([*self._pieces, payload])))
         elif kind == wire.FAILED:
             self.end(self._failure(*_texts(payload)))
-
-    def end(self, result: Answer | Exception) -> None:
-        super().end(result)
-        self._more.set()
 
     def _failure(self, what: str, *rest: str) -> PoolError:
         if what == "outside":

@@ -62,8 +62,8 @@ class LocalFilesystemBackend(WorkspaceBackend):
     async def close(self) -> None:
         await asyncio.gather(*(command.kill() for command in self._running))
 
-    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
-        shell = ShellCommand(command, cwd.chain, {})
+    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture, stdin: bytes = b"") -> int:
+        shell = ShellCommand(command, cwd.chain, {}, stdin=stdin)
         capture.hidden = shell.token.encode()
         running = _Command(capture, shell.argv, env=dict(env), cwd=self.root)
         self._running.add(running)

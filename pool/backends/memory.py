@@ -12,8 +12,8 @@ from pool.backends.shell import check_env
 from pool.backends.workspace import MAX_OUTPUT, FileStat, Place, WorkspaceBackend
 from pool.errors import BackendUnavailable, ConfigError, FileOperationFailed
 
-Handler = Callable[[str, Mapping[str, str]], tuple[int, bytes, bytes]]
-"""``(command, environment) -> (exit code, stdout, stderr)``."""
+Handler = Callable[..., tuple[int, bytes, bytes]]
+"""``(command, environment) -> (exit code, stdout, stderr)``; the third argument is the stdin, if there is any."""
 
 
 class MemoryBackend(WorkspaceBackend):
@@ -51,12 +51,12 @@ class MemoryBackend(WorkspaceBackend):
     async def start_process(self, argv: Sequence[str], cwd: Place, env: Mapping[str, str]) -> PipedProcess:  # noqa: ARG002
         raise BackendUnavailable("a 'memory' backend runs no processes: use 'local' or 'ssh'", "setup", None)
 
-    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
+    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture, stdin: bytes = b"") -> int:
         if self._handler is None:
             raise ConfigError("MemoryBackend has no shell: give it handler= to run commands")
         if cwd.full not in self._folders:
             raise FileOperationFailed.of(errno.ENOENT, "cwd", cwd.full, "no such folder")
-        code, stdout, stderr = self._handler(command, env)
+        code, stdout, stderr = self._handler(command, env, *([stdin] if stdin else []))
         if stdout:
             capture.feed("stdout", stdout)
         if stderr:

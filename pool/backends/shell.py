@@ -1,10 +1,10 @@
 """The supervised shell: how a command runs, on this machine and on a remote one.
 
-A small POSIX shell script runs the command in the session's process group with an empty stdin. The script's own
-stdin is a lifeline that the worker holds: when it ends before the command - a timeout, a cancel, a lost connection, a
-worker that was killed - the whole process group gets TERM, then KILL. So nothing outlives whoever asked for it. What a
-command left running in the background when it ended stays, and so does one that makes a session of its own, such as a
-daemon.
+A small POSIX shell script runs the command in the session's process group; its stdin is empty, or a file with what it
+is to read. The script's own stdin is a lifeline that the worker holds: when it ends before the command - a timeout, a
+cancel, a lost connection, a worker that was killed - the whole process group gets TERM, then KILL. So nothing outlives
+whoever asked for it. What a command left running in the background when it ended stays, and so does one that makes a
+session of its own, such as a daemon.
 
 `PipedCommand` is for a process that talks through its stdin: a coding agent, a server. There the lifeline carries the
 data, and what the process started ends with it, in whatever session it is.
@@ -113,6 +113,16 @@ _pool_kill() {{
   _pool_kill; }}
 """
 
+# What comes after the line of setup is for the command: kept in a file before it starts, so that the lifeline is free.
+_TAKE_STDIN = f"""\
+_pool_file=$(mktemp) && head -c {{size}} <&3 >"$_pool_file" && [ "$(($(wc -c <"$_pool_file")))" = {{size}} ] || {{{{
+  rm -f -- "$_pool_file"; echo "{{token}} stdin" >&2; exit {_NOTICE_CODE}; }}}}
+exec <"$_pool_file"; rm -f -- "$_pool_file"
+"""
+
+MAX_STDIN = 64 << 20
+"""Bytes that a command may be given to read; more belongs into a file."""
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DURABLE = re.compile(r"[A-Za-z0-9_@:-][A-Za-z0-9_.@:-]{0,199}")
 
@@ -125,17 +135,20 @@ class ShellCommand:
 
     _script = _SCRIPT
 
-    def __init__(self, command: str, folders: Sequence[str], env: Mapping[str, str], token: str = "") -> None:
+    def __init__(
+        self, command: str, folders: Sequence[str], env: Mapping[str, str], token: str = "", stdin: bytes = b""
+    ) -> None:
         self.folder = folders[-1]
         self.token = token or secrets.token_hex(8)
         self.setup = b""
-        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
+        exports = _TAKE_STDIN.format(size=len(stdin), token=self.token) if stdin else ""
+        exports += "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
         quoted = shlex.quote(command)
         length = len(quoted.encode("utf-8", "surrogateescape"))
         if exports or length > _ARGUMENT_LIMIT or not _is_text(command + "".join(folders)):
             # Through stdin, where no `ps` shows it; escaped into one line for `read` and `printf %b`.
             script = f"{exports}set -- {shlex.join([command, self.token, '', *folders])}\n"
-            self.setup = _escape(script.encode("utf-8", "surrogateescape")) + b"\n"
+            self.setup = _escape(script.encode("utf-8", "surrogateescape")) + b"\n" + stdin
             command, folders = "", ()
         self._arguments = [command, self.token, "s" if self.setup else "", *folders]
         self.argv = ["/bin/sh", "-c", self._script, "pool", *self._arguments]
@@ -155,6 +168,8 @@ class ShellCommand:
             raise FileOperationFailed.of(2, "cwd", self.folder, "no such folder, or not accessible")
         if what == "escape":
             raise PathEscapeError(f"cwd {self.folder!r} leaves its root through a symlink, to {where!r}")
+        if what == "stdin":
+            raise FileOperationFailed.of(5, "stdin of", "the command", "there is no room for it in a temporary file")
 
 
 class PipedCommand(ShellCommand):
@@ -201,6 +216,22 @@ def check_command(command: Any) -> str:
     if not encodable(command):
         raise ConfigError(f"command={command[:80]!r}: must not contain a lone surrogate")
     return command
+
+
+def check_stdin(stdin: Any, encoding: str | None) -> bytes:
+    """Return what a command is to read as bytes, or raise `ConfigError`."""
+    if stdin is None:
+        return b""
+    if isinstance(stdin, str):
+        try:
+            stdin = stdin.encode(encoding or "utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"stdin: cannot be written in {encoding or 'utf-8'}: {error.reason}") from None
+    if not isinstance(stdin, bytes | bytearray | memoryview):
+        raise ConfigError(f"stdin: must be text or bytes, not {type(stdin).__name__}")
+    if len(content := bytes(stdin)) > MAX_STDIN:
+        raise ConfigError(f"stdin: has {len(content)} bytes, at most {MAX_STDIN}: write a file, and have it read that")
+    return content
 
 
 def check_durable(name: Any) -> str:

@@ -325,10 +325,10 @@ class RemoteFilesystemBackend(WorkspaceBackend):
 
     # -- commands
 
-    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
+    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture, stdin: bytes = b"") -> int:
         if helper := await (await self._live())[1].helper():
-            return await helper.run(command, cwd, env, capture)
-        shell = ShellCommand(command, cwd.chain, env)
+            return await helper.run(command, cwd, env, capture, stdin)
+        shell = ShellCommand(command, cwd.chain, env, stdin=stdin)
         capture.hidden = shell.token.encode()
         session = await self._start_anew(shell, capture)
         code = await session.ended()
@@ -336,11 +336,11 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         return code
 
     async def run_durable(
-        self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture, durable: Durable
+        self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture, stdin: bytes, durable: Durable
     ) -> int:
         launcher = (await self._live())[1]
         if helper := await launcher.helper():
-            return await helper.run(command, cwd, env, capture, durable)
+            return await helper.run(command, cwd, env, capture, stdin, durable)
         raise ConfigError(f"durable={durable.name!r}: {self.host} runs no helper ({launcher.describe})")
 
     async def _start_anew(self, shell: ShellCommand, capture: Capture) -> CommandSession:

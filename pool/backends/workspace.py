@@ -28,7 +28,7 @@ from pool.backends.output import (
 )
 from pool.backends.paths import normalise
 from pool.backends.process import PipedProcess
-from pool.backends.shell import check_command, check_durable, check_env
+from pool.backends.shell import check_command, check_durable, check_env, check_stdin
 from pool.config import check_number
 from pool.errors import CommandFailed, CommandTimeout, ConfigError, FileOperationFailed
 from pool.runtime import loop_thread
@@ -113,7 +113,7 @@ class Driver(ABC):
         """Connect if it is not connected. Raise `BackendClosed` after `destroy`."""
 
     @abstractmethod
-    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture) -> int:
+    async def run(self, command: str, cwd: Place, env: Mapping[str, str], capture: Capture, stdin: bytes = b"") -> int:
         """Run to the end and return the exit code; 128 + n for a command that died of signal n.
 
         Cancelled, it kills the command's process group before it ends. A connection that is lost under way raises.
@@ -125,6 +125,7 @@ class Driver(ABC):
         cwd: Place,  # noqa: ARG002
         env: Mapping[str, str],  # noqa: ARG002
         capture: Capture,  # noqa: ARG002
+        stdin: bytes,  # noqa: ARG002
         durable: Durable,
     ) -> int:
         """As `run`, but a connection that is lost, and the end of this process, leave the command alone.
@@ -197,12 +198,14 @@ class Workspace(ABC):
         *,
         encoding: str | None = "utf-8",
         durable: str | None = None,
+        stdin: str | bytes | None = None,
     ) -> ExecResult[Any]:
         """Run *command* by ``/bin/sh -c`` and wait until it has ended and closed its output.
 
         *cwd* is relative to the root. *timeout*: seconds for the whole call, after which the command's process group
         is killed. *on_output* is called in this thread with each piece of output and its stream's name. Output is
         text (errors replaced), or bytes with ``encoding=None``; of each stream ``max_output`` bytes are kept.
+        *stdin*: what the command reads, as a file that is there before it starts, 64 MiB at most; without, it is empty.
 
         *durable*: a name; the command then runs on when the connection or this process ends, and a call with the same
         name and command goes on with it, up to a day after its end: its output from the start, its exit code, and it
@@ -214,11 +217,11 @@ class Workspace(ABC):
         """
         with self._driver.timed():
             if on_output is None:
-                call = self._exec(command, cwd, env, timeout, check, None, encoding, TAP.get(), durable)
+                call = self._exec(command, cwd, env, timeout, check, None, encoding, TAP.get(), durable, stdin)
                 return loop_thread().run(call)
             check_encoding(encoding)
             sink = ThreadSink(Decoder(on_output, encoding))
-            call = self._exec(command, cwd, env, timeout, check, sink, encoding, TAP.get(), durable)
+            call = self._exec(command, cwd, env, timeout, check, sink, encoding, TAP.get(), durable, stdin)
             return sink.drive(loop_thread().spawn(call))
 
     async def aexec(
@@ -232,11 +235,12 @@ class Workspace(ABC):
         *,
         encoding: str | None = "utf-8",
         durable: str | None = None,
+        stdin: str | bytes | None = None,
     ) -> ExecResult[Any]:
         """`exec` for any event loop; *on_output* is called on the pool's own loop and must not block it."""
         check_encoding(encoding)
         sink = None if on_output is None else DirectSink(Decoder(on_output, encoding))
-        call = self._exec(command, cwd, env, timeout, check, sink, encoding, TAP.get(), durable)
+        call = self._exec(command, cwd, env, timeout, check, sink, encoding, TAP.get(), durable, stdin)
         with self._driver.timed():
             return await loop_thread().arun(call if sink is None else sink.drive(call))
 
@@ -251,9 +255,11 @@ class Workspace(ABC):
         encoding: str | None,
         tap: Tap | None,
         durable: str | None,
+        stdin: str | bytes | None,
     ) -> ExecResult[Any]:
         check_command(command)
         check_encoding(encoding)
+        content = check_stdin(stdin, encoding)
         own_env = check_env(env)
         if timeout is not None:
             check_number("timeout", timeout, "must be more than 0, or None for no limit")
@@ -268,10 +274,10 @@ class Workspace(ABC):
                 environment = {**self._driver.base_env, **self._env, **own_env}
                 place = self._place(cwd or ".")
                 if durable is None:
-                    code = await self._driver.run(command, place, environment, capture)
+                    code = await self._driver.run(command, place, environment, capture, content)
                 else:
                     kept = Durable(durable, timeout, DURABLE_OUTPUT * self._driver.max_output)
-                    code = await self._driver.run_durable(command, place, environment, capture, kept)
+                    code = await self._driver.run_durable(command, place, environment, capture, content, kept)
         except TimeoutError as error:
             if not (clock.expired() or isinstance(error, DurableTimeout)):
                 raise

@@ -1,7 +1,7 @@
 """``pool run KEY -- CMD``: a build, as if it ran here: its output, its exit code, Ctrl-C."""
 
 import shlex
-from typing import Any
+from typing import IO, Any
 
 import click
 from celery import states
@@ -36,6 +36,7 @@ RESULT_PATIENCE = 10.0
     metavar="SECONDS",
     help="Then the command is killed, and the exit code is 124.  [default: never]",
 )
+@click.option("--stdin", type=click.File("rb"), metavar="FILE", help="What the command reads; '-': what this one does.")
 @click.option("--durable", is_flag=True, help="It outlives its worker and connection: it runs once, whatever happens.")
 @click.option("--shell", is_flag=True, help="Take several words for one line of shell, too.")
 @click.option("--raw", is_flag=True, help="Let escape sequences act on the terminal.")
@@ -48,6 +49,7 @@ def run(
     cwd: str | None,
     variables: tuple[str, ...],
     timeout: float | None,
+    stdin: IO[bytes] | None,
     durable: bool,
     shell: bool,
     raw: bool,
@@ -59,6 +61,7 @@ def run(
     alone.
     """
     options = {"project": project, "cwd": cwd, "env": _environment(variables), "timeout": timeout}
+    options["stdin"] = None if stdin is None else stdin.read().decode("utf-8", "surrogateescape")
     options["durable"] = durable or None
     line = " ".join(words) if shell or len(words) == 1 else shlex.join(words)
     given = {name: value for name, value in options.items() if value is not None}

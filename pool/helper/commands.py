@@ -31,6 +31,38 @@ class Refused(Exception):
     """The command was not started; the arguments are those of a FAILED."""
 
 
+class Stdin:
+    """What a command is to read, all of it before it starts: in memory while it is short, then in an unnamed file."""
+
+    def __init__(self) -> None:
+        import tempfile
+
+        self._file = tempfile.SpooledTemporaryFile(wire.CHUNK)  # noqa: SIM115
+        self._errno = 0
+        self.consumed = 0  # since the worker was given credit
+
+    def add(self, data: bytes) -> None:
+        """Take the next piece; what goes wrong is told by `descriptor`."""
+        self.consumed += len(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):  # it is in memory still
+                self._errno = error.errno or errno.EIO
+
+    def descriptor(self) -> int:
+        """Return a descriptor to read it from. Raises `Refused`, and `OSError` when there is no room for it now."""
+        if self._errno:
+            raise Refused(b"stdin", b"%d" % self._errno)
+        self._file.rollover()
+        self._file.seek(0)
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Forget it; a command that has started has its own hold of it."""
+        self._file.close()
+
+
 class Command:
     """A command that runs.
 
@@ -116,10 +148,12 @@ def ended_children() -> "Iterator[tuple[int, int, resource.struct_rusage]]":
         yield pid, status, usage
 
 
-def start(request: bytes, base: "dict[bytes, bytes]", mark: bytes = b"") -> "tuple[int, int, int]":
+def start(
+    request: bytes, base: "dict[bytes, bytes]", mark: bytes = b"", stdin: "int | None" = None
+) -> "tuple[int, int, int]":
     """Start the command of an EXEC; return its process and the ends of its stdout and stderr to read from.
 
-    *mark*: in its environment, unless it is empty or the command has one of its own.
+    *mark*: in its environment, unless it is empty or the command has one of its own. *stdin*: None is an empty one.
 
     Raises `Refused`, and `OSError` when there is no room for it now (descriptors, processes, memory).
     """
@@ -147,7 +181,7 @@ def start(request: bytes, base: "dict[bytes, bytes]", mark: bytes = b"") -> "tup
         if max(ends) >= _limit:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         try:
-            pid = _spawn(argv, env, ends[1], ends[3], script)
+            pid = _spawn(argv, env, (NULL if stdin is None else stdin, ends[1], ends[3]), script)
         except OSError as error:
             if error.errno != errno.E2BIG:
                 raise
@@ -201,18 +235,18 @@ def _file_of(text: bytes) -> int:
         os.close(writing)
 
 
-def _spawn(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, script: int) -> int:
-    """Start it in a session of its own, with an empty stdin."""
+def _spawn(argv: "list[bytes]", env: "dict[bytes, bytes]", streams: "tuple[int, int, int]", script: int) -> int:
+    """Start it in a session of its own, with these as its stdin, stdout and stderr."""
     try:
-        moves = [(os.POSIX_SPAWN_DUP2, NULL, 0), (os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, err, 2)]
+        moves = [(os.POSIX_SPAWN_DUP2, stream, number) for number, stream in enumerate(streams)]
         if script >= 0:
             moves.append((os.POSIX_SPAWN_DUP2, script, 9))
         return os.posix_spawn(argv[0], argv, env, file_actions=moves, setsid=True, setsigmask=(), setsigdef=_RESTORED)
     except (AttributeError, NotImplementedError):
-        return _fork(argv, env, out, err, script)
+        return _fork(argv, env, streams, script)
 
 
-def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, script: int) -> int:
+def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", streams: "tuple[int, int, int]", script: int) -> int:
     """`_spawn` for Python before 3.8, and C libraries that cannot begin a session."""
     told, telling = os.pipe()
     pid = os.fork()
@@ -226,9 +260,8 @@ def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", out: int, err: int, sc
         return pid
     try:
         os.setsid()
-        os.dup2(NULL, 0)
-        os.dup2(out, 1)
-        os.dup2(err, 2)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
         if script >= 0 and script != 9:
             os.dup2(script, 9)
         elif script >= 0:

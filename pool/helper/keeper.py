@@ -14,7 +14,7 @@ import time
 from pool.helper import commands, durable, family, wire
 
 
-def keep(request: durable.Request, env: "dict[bytes, bytes]") -> int:
+def keep(request: durable.Request, env: "dict[bytes, bytes]", stdin: "int | None") -> int:
     """Start a keeper: it starts the command, if nobody has. Returns its process, a child of this one."""
     pid = os.fork()
     if pid:
@@ -22,22 +22,22 @@ def keep(request: durable.Request, env: "dict[bytes, bytes]") -> int:
     code = 1
     try:
         os.setsid()
-        _forget()
-        code = _keep(request, env)
+        _forget(stdin)
+        code = _keep(request, env, stdin)
     except OSError as error:  # the helper tells it: there may be no room to write it down
         code = error.errno or 1
     finally:
         os._exit(code)
 
 
-def _forget() -> None:
-    """Hold nothing of what the helper has open, the channel least of all."""
+def _forget(stdin: "int | None") -> None:
+    """Hold nothing else of what the helper has open, the channel least of all."""
     try:
         held = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:
         held = list(range(4096))
     for descriptor in held:
-        if descriptor > 2 and descriptor != commands.NULL:
+        if descriptor > 2 and descriptor not in (commands.NULL, stdin):
             try:
                 os.close(descriptor)
             except OSError:
@@ -46,7 +46,7 @@ def _forget() -> None:
         os.dup2(commands.NULL, descriptor)
 
 
-def _keep(request: durable.Request, env: "dict[bytes, bytes]") -> int:
+def _keep(request: durable.Request, env: "dict[bytes, bytes]", stdin: "int | None") -> int:
     folder = durable.open_folder(request)
     lock = os.open(b"lock", os.O_RDWR | os.O_CREAT, 0o600, dir_fd=folder)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -59,7 +59,7 @@ def _keep(request: durable.Request, env: "dict[bytes, bytes]") -> int:
     )
     began = family.ticks()
     try:
-        pid, out, err = commands.start(request.command, env)
+        pid, out, err = commands.start(request.command, env, stdin=stdin)
     except commands.Refused as refused:
         durable.write(folder, b"refused", wire.join(*refused.args))
         return 0
@@ -67,6 +67,8 @@ def _keep(request: durable.Request, env: "dict[bytes, bytes]") -> int:
         durable.write(folder, b"refused", wire.join(b"os", b"%d" % (error.errno or 0), b"/bin/sh"))
         return 0
     os.close(lock)
+    if stdin is not None:
+        os.close(stdin)
     durable.clean(os.path.join(request.root, durable.FOLDER))
     keeper = _Keeper(folder, commands.Command(0, pid, {out: wire.OUT, err: wire.ERR}, b"", began), request)
     keeper.run()

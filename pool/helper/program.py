@@ -36,6 +36,7 @@ class Helper:
         self._by_pid = {}  # type: dict[int, commands.Command]
         self._by_output = {}  # type: dict[int, commands.Command]
         self._waiting = deque()  # type: deque[tuple[int, bytes]]
+        self._stdins = {}  # type: dict[int, commands.Stdin]
         self._ending = []  # type: list[commands.Command]
         self._untold = deque()  # type: deque[tuple[float, commands.Command]]
         self._followers = {}  # type: dict[int, follower.Follower]
@@ -62,6 +63,7 @@ class Helper:
             poll.register(self._woken, select.POLLIN)
         self._control.register(1, select.POLLOUT)
         self._kinds = {
+            wire.STDIN: self._take_stdin,
             wire.EXEC: self._exec,
             wire.CREDIT: self._credit,
             wire.KILL: self._kill,
@@ -228,6 +230,27 @@ class Helper:
 
     # -- commands
 
+    def _take_stdin(self, number: int, data: bytes) -> None:
+        """Keep what the command that will have this number is to read."""
+        stdin = self._stdins.get(number)
+        if stdin is None:
+            stdin = self._stdins[number] = commands.Stdin()
+        stdin.add(data)
+        if stdin.consumed >= wire.CREDIT_AT:
+            self._send(wire.CREDIT, number, wire.COUNT.pack(stdin.consumed))
+            stdin.consumed = 0
+
+    def _stdin(self, number: int) -> "int | None":
+        """The descriptor of its stdin; None: it has none. Raises as `commands.Stdin.descriptor`."""
+        return self._stdins[number].descriptor() if number in self._stdins else None
+
+    def _forget_stdin(self, number: int) -> bool:
+        """Let go of its stdin; returns whether it has one."""
+        stdin = self._stdins.pop(number, None)
+        if stdin is not None:
+            stdin.close()
+        return stdin is not None
+
     def _exec(self, number: int, request: bytes) -> None:
         if self._waiting or not self._try_start(number, request):
             self._waiting.append((number, request))
@@ -236,15 +259,18 @@ class Helper:
         """Start it, or say what is wrong with it; returns False when there is no room for it now."""
         spared, began, mark = self._orphans.present(), family.ticks(), wire.command_mark(self._token, number)
         try:
-            pid, out, err = commands.start(request, self._env, mark)
+            pid, out, err = commands.start(request, self._env, mark, self._stdin(number))
         except commands.Refused as refused:
+            self._forget_stdin(number)
             self._send(wire.FAILED, number, wire.join(*refused.args))
             return True
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM) and self._running:
                 return False
+            self._forget_stdin(number)
             self._send(wire.FAILED, number, wire.join(b"os", b"%d" % (error.errno or 0), b"/bin/sh"))
             return True
+        self._forget_stdin(number)
         command = commands.Command(number, pid, {out: wire.OUT, err: wire.ERR}, spared, began, mark)
         if self._running:
             self._orphans.mix()
@@ -366,9 +392,12 @@ class Helper:
             self._begin_end(command)
         elif any(waiting == number for waiting, _ in self._waiting):
             self._waiting = deque(entry for entry in self._waiting if entry[0] != number)
+            self._forget_stdin(number)
             self._send(wire.EXIT, number, b"%d 0 0" % (128 + signal.SIGTERM))
         elif number in self._followers:
             self._followers[number].kill()
+        elif self._forget_stdin(number):  # its command has not come, and will not
+            self._send(wire.EXIT, number, b"%d 0 0" % (128 + signal.SIGTERM))
         elif self._transfers is not None:
             self._transfers.give_up(number)
 
@@ -387,10 +416,15 @@ class Helper:
 
         request = durable.Request(payload)
         try:
-            kept_by = keeper.keep(request, self._env)
+            kept_by = keeper.keep(request, self._env, self._stdin(number))
+        except commands.Refused as refused:
+            self._send(wire.FAILED, number, wire.join(*refused.args))
+            return
         except OSError as error:
             self._send(wire.FAILED, number, wire.join(b"os", b"%d" % (error.errno or 0), b"/bin/sh"))
             return
+        finally:
+            self._forget_stdin(number)
         self._orphans.spared.add(kept_by)
         self._followers[number] = follower.Follower(number, request, kept_by)
 

@@ -1,6 +1,7 @@
 """``celery -A worker_config pool ...`` with two real nodes, as a user types it: in a shell, a pipe, a terminal."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -46,8 +47,10 @@ def environment(site):
 
 @pytest.fixture
 def celery(site, environment, producer):
-    """Run ``celery ... pool`` as a program."""
-    return lambda *arguments, **env: run_celery([*CELERY, *arguments], site.folder, {**environment, **env})
+    """Run ``celery ... pool`` as a program; *stdin*: a file that it reads."""
+    return lambda *arguments, stdin=None, **env: run_celery(
+        [*CELERY, *arguments], site.folder, {**environment, **env}, stdin=stdin
+    )
 
 
 @pytest.fixture
@@ -175,6 +178,16 @@ def test_run_is_the_command_with_its_output_and_exit_code(settled, celery, key):
     assert found.returncode == 3
     assert found.stdout == "\x1b[1mhello a b\np\n"
     assert found.stderr == "oops\n"
+
+
+def test_run_passes_a_file_on_to_the_command(settled, celery, key, tmp_path):
+    """Byte for byte; '-' is what it reads itself. Without the option it leaves that alone."""
+    content = bytes(range(256)) * 400
+    (tmp_path / "file").write_bytes(content)
+    want = f"{hashlib.sha256(content).hexdigest()}  -\n"
+    assert celery("run", key, "--stdin", str(tmp_path / "file"), "--", "sha256sum").stdout == want
+    assert celery("run", key, "--stdin", "-", "--", "sha256sum", stdin=tmp_path / "file").stdout == want
+    assert celery("run", key, "--", "cat", stdin=tmp_path / "file").stdout == ""
 
 
 def test_one_word_is_a_line_of_shell(settled, told, key):

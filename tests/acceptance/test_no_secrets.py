@@ -203,7 +203,7 @@ def test_secrets_turn_up_nowhere(
         running = producer.build("pw-1", gate.command, env={"TOKEN": TOKEN})
         gate.wait_started()
         waiting = producer.build("pw-1", 'test -n "$TOKEN"', env={"TOKEN": TOKEN})
-        good = producer.build("key-1", 'test -n "$TOKEN"', env={"TOKEN": TOKEN})
+        good = producer.build("key-1", 'test "$(cat)" = "$TOKEN"', env={"TOKEN": TOKEN}, stdin=TOKEN)
         bad = producer.build("pw-2", "echo 'no rule' >&2; exit 2", env={"TOKEN": TOKEN})
         refused = producer.build("wrong-1", "true", env={"TOKEN": TOKEN})
         unknowing = producer.app.AsyncResult(foreign(site, "pw-3"))

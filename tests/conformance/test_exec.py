@@ -1,14 +1,18 @@
 """What goes into a command and what comes out of it, over every kind of backend."""
 
+import asyncio
+import hashlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pool.errors import CommandFailed, ConfigError, FileMissing, PathEscapeError
+from pool.errors import CommandFailed, CommandTimeout, ConfigError, FileMissing, FileOperationFailed, PathEscapeError
 from tests.conformance.conftest import CHANNELS
+from tests.support.processes import wait_gone
 
+PATH = os.environ["PATH"]
 NASTY = 'it\'s "quoted" $HOME `id` \\n \\\\ %s %% \t;&|<>(){}*?[]~#! é ☃ 𝄞'
 
 
@@ -197,6 +201,99 @@ def test_stdin_is_empty(sh):
     """A command that reads its input sees the end of it at once, also with variables set."""
     assert sh.exec("cat; echo end").stdout == "end\n"
     assert sh.exec("cat; echo end", env={"A": "x"}).stdout == "end\n"
+
+
+ALL_BYTES = bytes(range(256))
+
+
+@pytest.mark.parametrize(
+    "stdin",
+    ["text é\n", ALL_BYTES, "no line end", "\n", b"", ALL_BYTES * 256, ALL_BYTES * 257, ALL_BYTES * (10 << 12)],
+    ids=["text", "bytes", "a-word", "newline", "nothing", "64K", "64K-and-a-bit", "10M"],
+)
+def test_a_command_reads_what_it_is_given(sh, stdin):
+    """All of it, and then the end; whatever else the command is given."""
+    content = stdin.encode() if isinstance(stdin, str) else stdin
+    want = hashlib.sha256(content).hexdigest()
+    assert sh.exec("sha256sum; cat", stdin=stdin).stdout == f"{want}  -\n"
+    long = sh.exec(f": {'x' * 200_000}; cd /; [ $A = 1 ] && sha256sum", stdin=stdin, env={"A": "1", "PATH": PATH})
+    assert long.stdout == f"{want}  -\n"
+
+
+def test_a_command_need_not_read_what_it_is_given(sh):
+    """Nor all of it; the next one is given what is its own."""
+    big = b"x" * 3_000_000
+    assert sh.exec("echo done", stdin=big).stdout == "done\n"
+    assert sh.exec("head -c 3", stdin=b"one" + big).stdout == "one"
+    assert sh.exec("exec <&-; echo closed", stdin=big).stdout == "closed\n"
+    assert sh.exec("cat; echo", stdin="two").stdout == "two\n"
+    assert sh.exec("cat; echo none").stdout == "none\n"
+
+
+def test_stdin_is_written_in_the_encoding_of_the_output(sh):
+    """As `subprocess.run` has it."""
+    result = sh.exec("cat; od -An -tx1 <&0", stdin="é", encoding="latin-1")
+    assert result.stdout == "é"
+    assert sh.exec("od -An -tx1", stdin="é", encoding="latin-1").stdout.split() == ["e9"]
+    assert sh.exec("od -An -tx1", stdin="é", encoding=None).stdout.split() == [b"c3", b"a9"]
+
+
+def test_many_commands_at_once_read_each_its_own(shell):
+    """However long the others' is."""
+    backend = shell.backend()
+    backend.exec("true")
+    with ThreadPoolExecutor(20) as threads:
+        contents = [str(n).encode() * (100_000 if n % 5 == 0 else 1) for n in range(20)]
+        runs = list(threads.map(lambda content: backend.exec("cat", stdin=content, encoding=None).stdout, contents))
+    assert runs == contents
+
+
+def test_a_timeout_and_a_cancel_end_a_command_that_has_much_to_read(shell, sh, run):
+    """At any moment of it; what it was to read is not left on the host."""
+    sh.exec("true")
+    big = bytes(20 << 20)
+
+    async def cancelled(after):
+        call = asyncio.create_task(sh.aexec("echo $$ > pid; sleep 1000", stdin=big))
+        await asyncio.sleep(after)
+        call.cancel()
+        await asyncio.wait({call})
+        assert call.cancelled()
+
+    for after in (0, 0.01, 0.05, 0.2):
+        run(cancelled(after))
+    with pytest.raises(CommandTimeout):
+        sh.exec("echo $$ > pid; sleep 1000", stdin=big, timeout=1.5)
+    if (shell.root / "pid").exists():
+        wait_gone(int((shell.root / "pid").read_text()))
+    assert sh.exec("cat", stdin="usable").stdout == "usable"
+
+
+@pytest.mark.parametrize("shell", ["local"], indirect=True)
+def test_no_room_for_what_it_is_to_read_is_told_and_nothing_runs(shell, monkeypatch):
+    """The host's temporary folder is gone, or full."""
+    monkeypatch.setenv("TMPDIR", "/no/such/folder")
+    backend = shell.backend()
+    with pytest.raises(FileOperationFailed, match="stdin of 'the command': there is no room for it"):
+        backend.exec("touch ran", stdin="x" * 1_000_000)
+    assert backend.exec("ls").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("stdin", "text"),
+    [(5, "not int"), (["a"], "not list"), ("\ud800", "stdin: cannot be written in utf-8")],
+)
+def test_a_bad_stdin_is_refused(backend, stdin, text):
+    """With what is wrong about it."""
+    with pytest.raises(ConfigError, match=text):
+        backend.exec("echo ran", stdin=stdin)
+
+
+def test_more_than_may_be_given_is_refused(backend, monkeypatch):
+    """A command that is to read more is to read a file."""
+    monkeypatch.setattr("pool.backends.shell.MAX_STDIN", 10)
+    with pytest.raises(ConfigError, match="stdin: has 11 bytes, at most 10"):
+        backend.exec("echo ran", stdin="x" * 11)
 
 
 def test_cwd_is_the_root_unless_told(shell, sh):

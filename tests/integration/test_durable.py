@@ -73,6 +73,17 @@ def test_a_durable_command_is_like_any_other(rig):
     assert (rig.root / ".pool" / "durable" / "task-1").stat().st_mode & 0o777 == 0o700
 
 
+def test_a_durable_command_reads_what_it_was_given_first(rig):
+    """It ran once, with that; with other things to read it would be another command."""
+    backend, big = rig.backend(), "line\n" * 100_000
+    for _ in range(2):
+        result = backend.exec("echo once >> ran; wc -l; head -n 1 <&0", durable="task-1", stdin=big)
+        assert result.stdout.split() == ["100000"]
+    with pytest.raises(ConfigError, match="another command"):
+        backend.exec("echo once >> ran; wc -l; head -n 1 <&0", durable="task-1", stdin="line\n")
+    assert (rig.root / "ran").read_text() == "once\n"
+
+
 def test_the_connection_goes_and_the_command_stays(rig):
     """Who follows is told; the next call goes on with the same command, from its first byte."""
     backend = rig.backend()

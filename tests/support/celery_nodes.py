@@ -328,18 +328,20 @@ def bare_environment() -> dict[str, str]:
 
 
 def run_celery(
-    arguments: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None
+    arguments: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None, *, stdin: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a ``celery`` command to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "celery", *arguments],
-        cwd=cwd,
-        env={**bare_environment(), **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=START_TIMEOUT,
-        check=False,
-    )
+    with (stdin or Path(os.devnull)).open("rb") as file:
+        return subprocess.run(
+            [sys.executable, "-m", "celery", *arguments],
+            cwd=cwd,
+            env={**bare_environment(), **(env or {})},
+            stdin=file,
+            capture_output=True,
+            text=True,
+            timeout=START_TIMEOUT,
+            check=False,
+        )
 
 
 def process_gone(pid: int) -> bool:

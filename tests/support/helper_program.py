@@ -63,7 +63,8 @@ class Call:
 class Program:
     """A running helper; a context manager. It gets credit for all that it sends, unless *credit* is False.
 
-    *source*: another program than ours. *limit_files*: its RLIMIT_NOFILE. Whatever is left of it at the end is killed.
+    *source*: another program than ours. *limit_files*: its RLIMIT_NOFILE. *limit_size*: 512-byte blocks that it may
+    write into a file. Whatever is left of it at the end is killed.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class Program:
         python: str = sys.executable,
         env: Mapping[str, str] | None = None,
         limit_files: int | None = None,
+        limit_size: int | None = None,
     ) -> None:
         source = bundle() if source is None else source
         argv = [python, "-I", "-S", "-c", BOOT, str(len(source)), "token"]
-        if limit_files is not None:
-            argv = ["/bin/sh", "-c", f'ulimit -n {limit_files} && exec "$@"', "sh", *argv]
+        for option, limit in (("n", limit_files), ("f", limit_size)):
+            if limit is not None:
+                argv = ["/bin/sh", "-c", f'ulimit -{option} {limit} && exec "$@"', "sh", *argv]
         self._errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=env, bufsize=0
@@ -124,7 +127,7 @@ class Program:
     def open(self, kind: int, payload: bytes = b"") -> int:
         """Begin a call; returns its number."""
         self._number += 1
-        self.calls[self._number] = Call()
+        self.calls.setdefault(self._number, Call())
         self.send(kind, self._number, payload)
         return self._number
 
@@ -132,6 +135,13 @@ class Program:
         """Start a command; returns its number."""
         variables = [f"{name}={value}" for name, value in env.items()]
         return self.open(wire.EXEC, "\0".join([command, str(len(folders)), *folders, *variables]).encode())
+
+    def give(self, *pieces: bytes) -> int:
+        """Send what the next call's command is to read; returns its number."""
+        for piece in pieces:
+            self.send(wire.STDIN, self._number + 1, piece)
+        self.calls[self._number + 1] = Call()
+        return self._number + 1
 
     def run(self, command: str, folders: Sequence[str] = ("/",), **env: str) -> Call:
         """Run a command to its end."""

@@ -92,6 +92,7 @@ def test_a_broker_that_never_answers_is_given_up(silent):
         (("run", "a\tb", "--", "true"), "control character"),
         (("run", "user-1", "--env", "X", "--", "true"), "NAME=VALUE"),
         (("run", "user-1"), "Missing argument"),
+        (("run", "user-1", "--stdin", "/no/such/file", "--", "true"), "No such file"),
         (("close", "k" * 300), "at most 256 bytes"),
         (("status", "--timeout", "0"), "0.0"),
     ],

@@ -18,7 +18,7 @@ FOLDER = Path(pool.__file__).parent / "helper"
 SENT = [FOLDER / f"{name}.py" for name in bundling._MODULES]
 
 OLD = {
-    "errno": {"E2BIG", "EAGAIN", "EDQUOT", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EPERM"},
+    "errno": {"E2BIG", "EAGAIN", "EDQUOT", "EIO", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EPERM"},
     "os": set(
         "O_CREAT O_DIRECTORY O_EXCL O_NOFOLLOW O_NONBLOCK O_RDONLY O_RDWR O_TRUNC O_WRONLY"
         " WEXITSTATUS WIFEXITED WTERMSIG _exit chdir chmod close devnull"
