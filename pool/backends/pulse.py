@@ -1,9 +1,9 @@
 """The pulse of an SSH connection: what ends its commands when the worker cannot.
 
 A worker that is frozen, or cut off from the host, kills nothing, and its connection stays open. So one channel of each
-connection runs a small shell script that is told, once a second, until when the worker may work. When that moment
-comes, the script ends the connection from the host's side, by ending the server's process of this connection, its own
-parent. That cuts the lifeline of every supervised shell (`pool.backends.shell`), and they kill their commands.
+connection runs a small shell script that is told, now and then, until when the worker may work. When that moment comes,
+the script ends the connection from the host's side, by ending the server's process of this connection, its own parent.
+That cuts the lifeline of every supervised shell (`pool.backends.shell`), and they kill their commands.
 
 The moment is told in the host's own time, of which every line of the script is a sample: a message that was held up on
 its way, or in a frozen worker, says nothing that is no longer true.
@@ -24,8 +24,10 @@ from pool.errors import BackendUnavailable
 
 logger = logging.getLogger(__name__)
 
-_INTERVAL = 1.0
-"""Seconds between two beats; a quarter of the remaining time when that is less."""
+_INTERVAL = 10.0
+"""Seconds between two beats; a quarter of the remaining time when that is less. Each costs the host two forks."""
+_UNLIMITED = 1.0
+"""Seconds between two beats while there is no limit: one may come, and these cost the host nothing."""
 _SHORTEST = 0.05
 """Seconds between two beats at least."""
 _FAR = 1e6
@@ -131,6 +133,12 @@ class Pulse(asyncssh.SSHClientSession[bytes]):
         self._beat_later(pause)
         return ""
 
+    def hurry(self) -> None:
+        """Beat now: this process may work for less long than the host was told. What is started later is covered."""
+        if self._beating is not None:
+            self._beating.cancel()
+            self._go_on()
+
     def stop(self) -> None:
         """Beat no more, and have the script end without doing anything. Can be repeated."""
         if self._beating is not None:
@@ -159,7 +167,7 @@ class Pulse(asyncssh.SSHClientSession[bytes]):
         left = self._trust()
         if left is not None and left <= 0:
             return None
-        told, pause = "no limit", _INTERVAL
+        told, pause = "no limit", _UNLIMITED
         if left is not None:
             told = str(max(0, int(100 * (now + min(left, _FAR) + max(self._clock)))))
             pause = max(_SHORTEST, min(_INTERVAL, left / 4))

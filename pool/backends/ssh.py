@@ -68,7 +68,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     """
 
     __slots__ = (  # in a dict more than 30 attributes take 1.6 KB, and a process may have a thousand idle connections
-        "_channels", "_clean_at", "_client_keys", "_connect_timeout", "_connection", "_files", "_insecure",
+        "_channels", "_clean_at", "_client_keys", "_connect_timeout", "_connection", "_files", "_generous", "_insecure",
         "_keepalive", "_known_hosts", "_launcher", "_login_shell", "_lost_why", "_max_channels", "_max_connects",
         "_passphrase_env", "_password_env", "_processes", "_pulse", "_startup_files", "_warned", "base_env",
         "exec_mode", "host", "max_output", "port", "root", "root_dir", "username",
@@ -134,6 +134,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._login_shell = ""
         self._pulse: Pulse | None = None
         self._processes = 0  # of `start_process`: no fence covers them
+        self._generous = False  # the host was told of the grace, too
         self._warned = False
 
     # -- life
@@ -257,10 +258,14 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     def _left(self) -> float | None:
         """For how many seconds the host is to believe in this process; None: for as long as it likes."""
         left = None if self.trust is None else self.trust()
-        if left is None or self.claim is None or self._processes or not self.fenced:
-            return left
-        claim = self.claim()
-        return left if claim is None else left + claim.grace
+        claim = None if self.claim is None or self._processes or not self.fenced else self.claim()
+        self._generous = claim is not None and claim.grace > 0
+        return left if left is None or claim is None else left + claim.grace
+
+    def _be_strict(self) -> None:
+        """Tell the host, before something starts that no fence covers, not to count on the grace."""
+        if self._generous and self._pulse is not None:
+            self._pulse.hurry()
 
     @property
     def fenced(self) -> bool:
@@ -368,12 +373,15 @@ class RemoteFilesystemBackend(WorkspaceBackend):
                 task.add_done_callback(_close_late)
                 raise
 
+        self._processes += 1
+        self._be_strict()
         try:
             process = await channels.granted(connection, opening, lasting=True)
-        except asyncssh.Error as error:
-            raise self.lost_error(error) from error
-
-        self._processes += 1
+        except BaseException as error:
+            self._processes -= 1
+            if isinstance(error, asyncssh.Error):
+                raise self.lost_error(error) from error
+            raise
 
         async def give_back() -> None:
             await process.wait_closed()
@@ -387,6 +395,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     async def _start(
         self, connection: asyncssh.SSHClientConnection, line: str, session: CommandSession, setup: bytes = b""
     ) -> CommandSession:
+        self._be_strict()
         try:
             await self._channels.start(connection, session, line, setup)
         except asyncssh.Error as error:

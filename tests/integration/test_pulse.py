@@ -52,6 +52,11 @@ def trusted(rig, trust=lambda: TRUST, **config):
     return backend
 
 
+async def hurried(backend):
+    """Have the pulse beat once more."""
+    backend._pulse.hurry()
+
+
 def connections(server):
     """Return the processes of all connections, their commands included."""
     return psutil.Process(server.pid).children(recursive=True)
@@ -257,6 +262,7 @@ def test_what_is_fenced_outlives_the_trust_for_the_time_of_the_grace(rig):
     for backend in (fenced, mixed):
         backend.claim = lambda: Claim("acme", 5, 600.0)
         backend.exec("true")
+        backend.run_sync(hurried(backend))  # the host is told of the grace
     mixed.run_sync(mixed.start_process(["sleep", "1000"], Place(mixed.root, "."), {}))
     wait_until(lambda: not mixed.usable, "the host has ended the connection of the agent", ENDS)
     assert time.monotonic() >= end - 0.1
