@@ -13,7 +13,7 @@ import asyncssh
 
 from pool.backends.base import BackendStatus, Capabilities
 from pool.backends.channels import Channels, CommandSession
-from pool.backends.handshake import LoginClient, log_in, prompt_acks
+from pool.backends.handshake import LoginClient, forget_login, log_in, prompt_acks
 from pool.backends.helper_files import HelperFiles
 from pool.backends.helper_start import EXEC_MODES, Launcher
 from pool.backends.leftovers import owner
@@ -176,6 +176,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
             root, _ = await asyncio.gather(self._make_root(connection), self._start_pulse(connection))
             self._login_shell, self.root = root
             self._launcher.root = self.root
+            forget_login(connection)
         except BaseException:
             self._connection = None
             self._stop_pulse()

@@ -4,10 +4,12 @@ import asyncio
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 from pool import BackendPoolManager
+from pool.backends.handshake import forget_login
 from pool.backends.logins import login_line
 from pool.backends.ssh import RemoteFilesystemBackend
 from pool.errors import BackendUnavailable
@@ -66,6 +68,35 @@ def test_two_hundred_cold_users_of_one_host_all_get_in(openssh, tmp_path):
             pool.destroy_all(0.0)
         assert rig.logins() == 200
         assert rig.info.logins.read_text(errors="replace").count("past MaxStartups") <= 20
+
+
+@pytest.mark.openssh
+def test_what_asyncssh_keeps_of_a_login_is_let_go_and_keys_are_still_exchanged(openssh, tmp_path):
+    """The server asks for new keys after each megabyte: what that needs is made anew."""
+    with openssh(extra_config=["RekeyLimit 1M"]) as server, no_leaks(), Rig("ssh", tmp_path, server.info) as rig:
+        backend = rig.backend()
+        backend.exec("true")
+        kept = vars(backend._connection)
+        assert [kept[name] for name in ("_client_kexinit", "_server_kexinit", "_server_sig_algs")] == [b"", b"", set()]
+        for _ in range(5):
+            assert (
+                backend.exec("head -c 3000000 /dev/zero | wc -c; cat", stdin=b"x" * 3_000_000).stdout[:8] == "3000000\n"
+            )
+        assert kept["_client_kexinit"], "keys were exchanged"
+        forget_login(backend._connection)
+        assert not kept["_client_kexinit"]
+        assert backend.exec("cat", stdin=b"y" * 3_000_000, encoding=None).stdout[-1:] == b"y"
+        assert rig.logins() == 1
+
+
+def test_nothing_is_let_go_while_keys_are_exchanged():
+    """Nor what is not what we know it for: asyncssh's attributes are its own."""
+    connection = SimpleNamespace(_client_kexinit=b"ours", _server_kexinit=None, _kex_complete=False)
+    forget_login(connection)
+    assert connection._client_kexinit == b"ours"
+    connection._kex_complete = True
+    forget_login(connection)
+    assert vars(connection) == {"_client_kexinit": b"", "_server_kexinit": None, "_kex_complete": True}
 
 
 @pytest.mark.openssh
