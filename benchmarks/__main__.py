@@ -29,6 +29,7 @@ NAMES = (
     "files_peers",
     "concurrent",
     "output_rate",
+    "command_ends",
     "memory",
     "affinity",
     "warm_build",
