@@ -247,7 +247,10 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
             return
         self._capture.detach()
         self._channel.resume_reading()  # a channel that waits for a slow reader would not tell its end
-        self._channel.write_eof()
+        if self._channel.get_write_buffer_size():  # of what it was to read: it must not start on that now
+            self._channel.abort()
+        else:
+            self._channel.write_eof()
         done, _ = await asyncio.wait({self._ended}, timeout=_KILL_PATIENCE)
         if not done:
             self._channel.close()

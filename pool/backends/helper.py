@@ -154,15 +154,16 @@ class Helper(asyncssh.SSHClientSession[bytes]):
                 str(durable.timeout or 0.0),
                 *texts,
             ]
-        request = kind, "\0".join(texts).encode("utf-8", "surrogateescape")
+        request = "\0".join(texts).encode("utf-8", "surrogateescape")
+        frames = [(wire.STDIN, stdin), (kind, request)] if stdin else [(kind, request)]
         running = Running(self, command, chain[-1], capture)
         try:
-            if len(stdin) > wire.CHUNK:
+            if len(stdin) <= wire.CHUNK:
+                running.number = self._open(running, *frames)
+            else:
                 running.number = self._open(running)
                 await running.send(wire.STDIN, stdin)
-                self.send(request[0], running.number, request[1])
-            else:
-                running.number = self._open(running, *[(wire.STDIN, stdin)] * bool(stdin), request)
+                self.send(kind, running.number, request)
             return await asyncio.shield(running.ended)
         except asyncio.CancelledError:
             await self._kill(running)
@@ -319,5 +320,5 @@ class Helper(asyncssh.SSHClientSession[bytes]):
 
 def _digest(command: str, chain: Sequence[str], stdin: bytes) -> str:
     """What tells one durable command from another."""
-    what = (command, list(chain), *([sha256(stdin).hexdigest()] if stdin else []))
+    what = (command, chain, *([sha256(stdin).hexdigest()] if stdin else []))
     return sha256(repr(what).encode("utf-8", "surrogateescape")).hexdigest()

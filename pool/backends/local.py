@@ -212,7 +212,9 @@ class _Command(asyncio.SubprocessProtocol):
         self._capture.detach()
         for fd in self._open_pipes:  # a pipe that waits for a slow reader would not tell its end
             self._transport.get_pipe_transport(fd).resume_reading()
-        self._transport.get_pipe_transport(0).close()
+        lifeline = self._transport.get_pipe_transport(0)
+        if not lifeline.is_closing():
+            lifeline.abort()  # what it has not read of its stdin is dropped: it must not start on that now
         if self._transport.get_returncode() is not None:  # the shell has ended, a child of it holds the output
             self._signal_group(signal.SIGTERM)
             await asyncio.wait({self._ended}, timeout=KILL_GRACE)

@@ -11,6 +11,7 @@ from pool.helper import family, wire
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import IO
 
 _ARGUMENT_LIMIT = 100000
 """Bytes of a command; a longer one is read from a file. Linux takes at most 128 KiB in one argument."""
@@ -168,7 +169,7 @@ def start(
         for variable in variables:
             name, _, value = variable.partition(b"=")
             env[name] = value
-    script = -1
+    script = None
     ends = []  # type: list[int]
     try:
         _enter(folders)
@@ -195,8 +196,8 @@ def start(
         os.chdir("/")  # hold no folder that somebody wants to remove
         for end in ends:
             os.close(end)
-        if script >= 0:
-            os.close(script)
+        if script is not None:
+            script.close()
 
 
 def _enter(folders: "list[bytes]") -> None:
@@ -216,34 +217,31 @@ def _enter(folders: "list[bytes]") -> None:
         outer = here
 
 
-def _file_of(text: bytes) -> int:
-    """Return a descriptor to read *text* from, of a file without a name."""
-    name = b"/tmp/.pool-%s" % os.urandom(12).hex().encode()
-    writing = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+def _file_of(text: bytes) -> "IO[bytes]":
+    """Return a file without a name, to read *text* from."""
+    import tempfile
+
+    file = tempfile.TemporaryFile()  # noqa: SIM115
     try:
-        reading = os.open(name, os.O_RDONLY)
-        try:
-            view = memoryview(text)
-            while view:
-                view = view[os.write(writing, view) :]
-        except BaseException:
-            os.close(reading)
-            raise
-        return reading
-    finally:
-        os.unlink(name)
-        os.close(writing)
+        file.write(text)
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
-def _spawn(argv: "list[bytes]", env: "dict[bytes, bytes]", streams: "tuple[int, int, int]", script: int) -> int:
+def _spawn(
+    argv: "list[bytes]", env: "dict[bytes, bytes]", streams: "tuple[int, int, int]", script: "IO[bytes] | None"
+) -> int:
     """Start it in a session of its own, with these as its stdin, stdout and stderr."""
     try:
         moves = [(os.POSIX_SPAWN_DUP2, stream, number) for number, stream in enumerate(streams)]
-        if script >= 0:
-            moves.append((os.POSIX_SPAWN_DUP2, script, 9))
+        if script is not None:
+            moves.append((os.POSIX_SPAWN_DUP2, script.fileno(), 9))
         return os.posix_spawn(argv[0], argv, env, file_actions=moves, setsid=True, setsigmask=(), setsigdef=_RESTORED)
     except (AttributeError, NotImplementedError):
-        return _fork(argv, env, streams, script)
+        return _fork(argv, env, streams, -1 if script is None else script.fileno())
 
 
 def _fork(argv: "list[bytes]", env: "dict[bytes, bytes]", streams: "tuple[int, int, int]", script: int) -> int:

@@ -257,20 +257,23 @@ class Helper:
 
     def _try_start(self, number: int, request: bytes) -> bool:
         """Start it, or say what is wrong with it; returns False when there is no room for it now."""
+        done = self._start(number, request)
+        if done:
+            self._forget_stdin(number)
+        return done
+
+    def _start(self, number: int, request: bytes) -> bool:
         spared, began, mark = self._orphans.present(), family.ticks(), wire.command_mark(self._token, number)
         try:
             pid, out, err = commands.start(request, self._env, mark, self._stdin(number))
         except commands.Refused as refused:
-            self._forget_stdin(number)
             self._send(wire.FAILED, number, wire.join(*refused.args))
             return True
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM) and self._running:
                 return False
-            self._forget_stdin(number)
             self._send(wire.FAILED, number, wire.join(b"os", b"%d" % (error.errno or 0), b"/bin/sh"))
             return True
-        self._forget_stdin(number)
         command = commands.Command(number, pid, {out: wire.OUT, err: wire.ERR}, spared, began, mark)
         if self._running:
             self._orphans.mix()

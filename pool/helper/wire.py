@@ -19,8 +19,8 @@ KILL = 4  # end the command and all that it started; give the file operation up
 FILE = 5  # name of the operation NUL its arguments...
 PING = 6
 SWEEP = 7  # what a helper that is no more has left of its commands: marks, and what STARTED told, separated by NUL
-STDIN = 9  # bytes that the command of the EXEC or DURABLE which follows under this number is to read
 DURABLE = 8  # name NUL digest of the command NUL bytes of output to keep NUL seconds or 0 NUL an EXEC
+STDIN = 9  # bytes that the command of the EXEC or DURABLE which follows under this number is to read
 
 # From the helper.
 OUT = 65  # bytes of stdout, ...

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pool.errors import CommandFailed, CommandTimeout, ConfigError, FileMissing, FileOperationFailed, PathEscapeError
+from pool.runtime import loop_thread
 from tests.conformance.conftest import CHANNELS
 from tests.support.processes import wait_gone
 
@@ -249,7 +250,7 @@ def test_many_commands_at_once_read_each_its_own(shell):
 
 
 def test_a_timeout_and_a_cancel_end_a_command_that_has_much_to_read(shell, sh, run):
-    """At any moment of it; what it was to read is not left on the host."""
+    """At any moment of it."""
     sh.exec("true")
     big = bytes(20 << 20)
 
@@ -267,6 +268,51 @@ def test_a_timeout_and_a_cancel_end_a_command_that_has_much_to_read(shell, sh, r
     if (shell.root / "pid").exists():
         wait_gone(int((shell.root / "pid").read_text()))
     assert sh.exec("cat", stdin="usable").stdout == "usable"
+
+
+@pytest.mark.parametrize("shell", ["local"], indirect=True)
+def test_what_came_of_its_stdin_is_not_left_when_it_is_cancelled(shell, monkeypatch, tmp_path):
+    """Neither is the command started."""
+    (folder := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    backend = shell.backend()
+
+    async def cancelled():
+        call = asyncio.create_task(backend.aexec("touch ran", stdin=bytes(60 << 20)))
+        while not any(file.stat().st_size for file in folder.iterdir()):
+            await asyncio.sleep(0)
+            assert not call.done()
+        call.cancel()
+        await asyncio.wait({call})
+
+    for _ in range(3):
+        loop_thread().run(cancelled())
+        assert list(folder.iterdir()) == []
+    assert not (shell.root / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("shell", "after"),
+    [*((kind, 0.02) for kind in ("local", "loopback")), ("loopback-channel", 0.2),
+     pytest.param("openssh", 0.02, marks=pytest.mark.openssh),
+     pytest.param("openssh-channel", 0.2, marks=pytest.mark.openssh)],
+    indirect=["shell"],
+)  # fmt: skip
+def test_a_command_that_is_cancelled_before_it_was_given_all_never_starts(shell, sh, after):
+    """Whatever part of it is on its way (over a channel all of it takes some 1.2 s); the next one runs."""
+    sh.exec("true")
+
+    async def cancelled():
+        call = asyncio.create_task(sh.aexec("touch ran", stdin=bytes(60 << 20)))
+        await asyncio.sleep(after)
+        call.cancel()
+        await asyncio.wait({call})
+        assert call.cancelled()
+
+    for _ in range(3):
+        loop_thread().run(cancelled())
+        assert sh.exec("cat", stdin="usable").stdout == "usable"
+    assert not (shell.root / "ran").exists()
 
 
 @pytest.mark.parametrize("shell", ["local"], indirect=True)
@@ -376,7 +422,6 @@ def test_commands_that_wait_for_a_channel_run_in_the_order_they_came(remote):
     """With one channel the commands run one after the other, first come first served."""
     backend = remote.backend(max_channels=1)
     backend.exec("true")
-    from pool.runtime import loop_thread
 
     async def all_at_once():
         import asyncio
