@@ -30,19 +30,37 @@ Place = tuple[str, int]
 
 @dataclass
 class Build:
-    """One build. Times are wall clock, in seconds; more than one start or end: it was cut off, and run again."""
+    """One build. It has more than one run if it was cut off, or had ended when its node died, but was not acknowledged.
+
+    Runs are known by their process on the build host; times are wall clock, in seconds.
+    """
 
     user: str
     result: Any
-    starts: list[float] = field(default_factory=list)
-    ends: list[float] = field(default_factory=list)
+    starts: dict[str, float] = field(default_factory=dict)
+    ends: dict[str, float] = field(default_factory=dict)
     place: Place | None = None
-    """Where it succeeded."""
+    """Where the run was whose result came."""
+    run: str = ""
+    """Which one that was."""
     error: str = ""
 
     @property
     def done(self) -> bool:
         return self.place is not None or bool(self.error)
+
+    @property
+    def told(self) -> bool:
+        """Whether all is known of the run whose result came."""
+        return self.place is not None and self.run in self.ends
+
+    @property
+    def began(self) -> float:
+        return self.starts[self.run]
+
+    @property
+    def ended(self) -> float:
+        return self.ends[self.run]
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,7 @@ class Takeover:
             nodes = [node.partition("@")[0] for node, _ in homes.values()]
             self.killed = max(NODES, key=nodes.count)
             self.moved = {user for user, node in zip(homes, nodes, strict=True) if node == self.killed}
+            self._read_ledger()
             self.killed_at = self.stage.kill(self.killed, pids[self.killed])
             self._look()
             self.cut = [b for b in self._of_moved() if len(b.starts) > len(b.ends) and not b.done]
@@ -143,11 +162,11 @@ class Takeover:
         self._work_until(lambda: time.monotonic() >= deadline, "some time has passed", seconds + TASK_TIMEOUT)
 
     def _look(self) -> None:
-        """Read what has happened, and give every user something to do."""
-        self._read_ledger()
+        """Look what has happened, and give every user something to do."""
         for build in self.builds.values():
             if not build.done and build.result.ready():
                 self._collect(build)
+        self._read_ledger()  # afterwards: what is written there is written before the result
         if self._sending:
             for user in self.users:
                 under_way = sum(build.user == user and not build.done for build in self.builds.values())
@@ -157,13 +176,14 @@ class Takeover:
     def _send(self, user: str) -> None:
         number = next(self._numbers)
         seconds = random.uniform(0.2, 0.8)  # noqa: S311
-        command = f"echo start {number} >> ../ledger; sleep {seconds:.2f}; echo end {number} >> ../ledger"
+        note = f"{number} $$ >> ../ledger"
+        command = f"echo start {note}; sleep {seconds:.2f}; echo end {note}; echo $$"
         self.builds[number] = Build(user, self.stage.app.tasks["tasks.builds.run_build"].delay(user, command))
 
     def _collect(self, build: Build) -> None:
         try:
             told = build.result.get(timeout=TASK_TIMEOUT)
-            build.place = told["node"], told["pid"]
+            build.place, build.run = (told["node"], told["pid"]), told["output"].strip()
         except Exception as error:
             build.error = f"{build.user}: {error}"
         finally:
@@ -175,22 +195,22 @@ class Takeover:
             file.seek(self._read)
             now = time.time()
             for line in file.read().splitlines():
-                what, number = line.split()
+                what, number, run = line.split()
                 build = self.builds[int(number)]
-                (build.starts if what == "start" else build.ends).append(now)
+                (build.starts if what == "start" else build.ends)[run] = now
             self._read = file.tell()
 
     # -- what it means
 
     def _results_since(self, at: float) -> int:
         """The number of results that the user with the fewest has, of builds that began after *at*."""
-        fresh = [b.user for b in self.builds.values() if b.place and b.starts and b.starts[-1] > at]
+        fresh = [b.user for b in self.builds.values() if b.told and b.began > at]
         return min(fresh.count(user) for user in self.users)
 
     def _done_by(self, user: str) -> list[Build]:
-        """Return the user's builds that succeeded, in the order in which they began (the last time)."""
-        found = [b for b in self.builds.values() if b.user == user and b.place and b.starts]
-        return sorted(found, key=lambda build: build.starts[-1])
+        """Return the user's builds that succeeded, in the order in which they began."""
+        found = [b for b in self.builds.values() if b.user == user and b.told]
+        return sorted(found, key=lambda build: build.began)
 
     def _places(self, user: str) -> list[Place]:
         return [build.place for build in self._done_by(user) if build.place]
@@ -202,16 +222,15 @@ class Takeover:
         """Seconds from the kill to the first end of a build elsewhere, by user of the killed node."""
         found: dict[str, float] = {}
         for build in self._of_moved():
-            if build.place and build.starts and build.ends and build.starts[-1] > self.killed_at:
-                taken = build.ends[-1] - self.killed_at
+            if build.told and build.began > self.killed_at:
+                taken = build.ended - self.killed_at
                 found[build.user] = min(taken, found.get(build.user, taken))
         return found
 
     def _moves(self, user: str, after: float, before: float) -> int:
         """How often the user's builds, of those that began in this time, are in another process than the one before."""
         return sum(
-            one.place != other.place and after < other.starts[-1] <= before
-            for one, other in pairwise(self._done_by(user))
+            one.place != other.place and after < other.began <= before for one, other in pairwise(self._done_by(user))
         )
 
     def _strays(self, user: str) -> bool:
@@ -223,7 +242,7 @@ class Takeover:
 
     def _report(self) -> TakeoverReport:
         first_ends = self._first_ends().values()
-        again = [build.starts[1] - self.killed_at for build in self.cut if len(build.starts) > 1]
+        again = [list(build.starts.values())[1] - self.killed_at for build in self.cut if len(build.starts) > 1]
         return TakeoverReport(
             killed=self.killed,
             users=len(self.users),
@@ -253,7 +272,7 @@ class Takeover:
             times = [(0.0, self.killed_at), (self.killed_at, self.restarted_at), (self.restarted_at, float("inf"))]
             table.add_row(
                 user,
-                *(_named([b.place for b in built if b.place and after < b.starts[-1] <= to]) for after, to in times),
+                *(_named([b.place for b in built if b.place and after < b.began <= to]) for after, to in times),
                 str(len(built)),
                 str(sum(build.user == user for build in self.cut)),
                 f"{waited[user]:.1f}" if user in waited else "",

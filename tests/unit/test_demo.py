@@ -13,14 +13,19 @@ A, B, C, A2 = ("node-a@x", 1), ("node-b@x", 2), ("node-c@x", 3), ("node-a@x", 4)
 KILLED, RESTARTED = 10.0, 20.0
 
 
+def build(place: tuple[str, int] | None, start: float, error: str = "") -> Build:
+    """One that took a second."""
+    return Build("user-01", None, {"1": start}, {"1": start + 1}, place, "1", error)
+
+
 def run(*places: tuple[tuple[str, int], float], error: str = "", lost: bool = False) -> Takeover:
     """A run in which node-a was killed under its user, with a build for each (place, start)."""
     demo = Takeover(SimpleNamespace(console=None, folder=Path("none")), users=1)
     demo.killed, demo.killed_at, demo.restarted_at, demo.back_s = "node-a", KILLED, RESTARTED, 1.0
     demo.moved, demo.cut = {"user-01"}, []
     for number, (place, start) in enumerate(places):
-        demo.builds[number] = Build("user-01", None, [start], [start + 1], place)
-    demo.builds[98] = Build("user-01", None, [30.0], [31.0], None if lost or error else places[-1][0], error)
+        demo.builds[number] = build(place, start)
+    demo.builds[98] = build(None if lost or error else places[-1][0], 30.0, error)
     return demo
 
 
@@ -60,6 +65,20 @@ def test_a_user_of_a_node_that_lives_does_not_move_for_the_kill() -> None:
     demo = run((A, 1.0), (B, 15.0))
     demo.moved = set()
     assert demo._strays("user-01")
+
+
+@pytest.mark.parametrize("result_of", ["first", "second"])
+def test_a_build_that_ended_before_the_kill_and_ran_again_is_where_its_result_is_from(result_of) -> None:
+    """Its node died between its end and the acknowledgement; both results are right, and neither is a move."""
+    demo = run((A, 1.0), (B, 15.0))
+    demo.builds[50] = twice = build(A, 9.0)
+    twice.starts["2"], twice.ends["2"] = 16.0, 17.0
+    if result_of == "second":
+        twice.place, twice.run = B, "2"
+    report = demo._report()
+    assert report.ok
+    assert report.ended_twice == 1
+    assert report.first_finished_s == 6.0
 
 
 @pytest.mark.parametrize("wrong", [{"error": "user-01: it failed"}, {"lost": True}])
