@@ -3,8 +3,8 @@
 Commands run as the current user; whoever holds the client key in the server's folder can log in under any
 name. Four differences from OpenSSH: no shell, pty or forwarding; a closed channel is confirmed at once, even
 while its command still runs (its slot stays taken, as there); ``USER`` is the login name, which need not be
-the account; all connections live in one process, so none can be ended from within (no pulse, see
-``pool/backends/pulse.py``).
+the account; all connections live in one process, so none can be ended from within (no watchdog, see
+``pool/backends/watchdog.py``).
 """
 
 import argparse

@@ -16,9 +16,11 @@ from typing import Any
 
 import asyncssh
 
+from pool.backends.base import Trust
 from pool.backends.channels import Channels
 from pool.backends.helper_calls import Answer, Call, Ping, Running, Transfer
 from pool.backends.output import Capture
+from pool.backends.pulse import Pulse
 from pool.backends.workspace import Durable, Place
 from pool.errors import PoolError
 from pool.helper import wire
@@ -39,15 +41,25 @@ class NoHelper(Exception):
 
 
 class Helper(asyncssh.SSHClientSession[bytes]):
-    """A running helper. *lost* makes of a reason the error that users of a broken connection get to see."""
+    """A running helper. *lost* makes of a reason the error that users of a broken connection get to see.
 
-    def __init__(self, lost: Callable[[Exception | None], PoolError], on_end: "Callable[[Helper], None]") -> None:
+    *trust*: for how long it may believe that this process may work; then it ends what runs, and itself.
+    """
+
+    def __init__(
+        self,
+        lost: Callable[[Exception | None], PoolError],
+        on_end: "Callable[[Helper], None]",
+        trust: Trust | None = None,
+    ) -> None:
         self._lost = lost
         self._on_end = on_end
         self._token = secrets.token_hex(8)
         self._channel: Any = None
         self._channels: Channels | None = None
         self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pulse = None if trust is None else Pulse(trust, self._tell)
+        self._begun = False  # what came before its mark was not its own
         self._unread = b""
         self._rest: tuple[int, int, int] | None = None  # of an output frame that came in part: kind, number, bytes
         self._said = b""  # at last, on stderr
@@ -93,6 +105,8 @@ class Helper(asyncssh.SSHClientSession[bytes]):
                 self._channel.write(wire.frame(wire.SWEEP, 0, wire.join(*sweep)))
             async with asyncio.timeout(START_TIMEOUT):
                 await self._greeted
+            if self._pulse is not None:
+                self._pulse.start()
         except TimeoutError:
             self._end_start()
             raise NoHelper(f"its python3 did not begin within {START_TIMEOUT:g} s") from None
@@ -103,6 +117,9 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         except BaseException:
             self._end_start()
             raise
+
+    def _tell(self, moment: int | None) -> None:
+        self.send(wire.UNTIL, 0, b"" if moment is None else b"%d" % moment)
 
     def _end_start(self) -> None:
         """Leave no half-started program behind, as far as the server helps."""
@@ -120,6 +137,8 @@ class Helper(asyncssh.SSHClientSession[bytes]):
     def close(self) -> None:
         """Have it end what runs, and itself."""
         self._closing = True
+        if self._pulse is not None:
+            self._pulse.stop()
         if self._channel is not None:
             self._channel.close()
 
@@ -237,7 +256,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
     def data_received(self, data: bytes, datatype: int | None) -> None:
         if datatype is not None:
             self._said = (self._said + data)[-_SAID:]
-        elif self._greeted.done():
+        elif self._begun:
             self._parse(data)
         else:
             self._unread += data
@@ -245,7 +264,7 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             _, found, rest = self._unread.partition(mark)
             if found:
                 self._unread = b""
-                self._greeted.set_result(None)
+                self._begun = True
                 self._parse(rest)
             else:
                 self._unread = self._unread[-len(mark) :]
@@ -285,6 +304,12 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         if kind == wire.STARTED:
             self._told[number] = payload
             return
+        if kind == wire.CLOCK:
+            if self._pulse is not None:
+                self._pulse.sample(int(payload))
+            if not self._greeted.done():
+                self._greeted.set_result(None)
+            return
         final = kind in (wire.EXIT, wire.DONE, wire.FAILED, wire.PONG)
         call = self._calls.pop(number, None) if final else self._calls.get(number)
         if final:
@@ -300,6 +325,8 @@ class Helper(asyncssh.SSHClientSession[bytes]):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._channel = None
+        if self._pulse is not None:
+            self._pulse.stop()
         if self._channels is not None:
             self._channels.closed(lasting=True)
         if not self._greeted.done():

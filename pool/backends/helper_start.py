@@ -8,11 +8,12 @@ from time import monotonic
 
 import asyncssh
 
-from pool.backends.base import Claim
+from pool.backends.base import Claim, Trust
 from pool.backends.channels import Channels
 from pool.backends.helper import Helper, NoHelper
 from pool.backends.helper_files import HelperFiles
 from pool.errors import BackendUnavailable, FileOperationFailed, NotOwner, PoolError
+from pool.helper import wire
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ EXEC_MODES = ("auto", "helper", "channel")
 _REMEMBERED = 600.0
 """Seconds until a host without a helper is asked again."""
 
-_IN_ORDER = "exit code 0"
+_IN_ORDER = ("", "exit code 0", f"exit code {wire.OVER}")
+"""What is said of a helper whose commands have ended; "": of one whose connection has, and so will they."""
 
 _DOUBT = 0.05
 """Seconds between two looks at whether this process is the owner again."""
@@ -33,7 +35,11 @@ _without: dict[Where, tuple[str, float]] = {}  # why a host has none, and until 
 
 
 class Launcher:
-    """Starts the helper of one connection. *mode*: of `EXEC_MODES`. *lost*, *startup_files*: as for `Helper`."""
+    """Starts the helper of one connection. *mode*: of `EXEC_MODES`. *lost*, *startup_files*: as for `Helper`.
+
+    *trust*, *claim*: as of `Backend`. A helper ends itself, with what it runs, when the trust is over, or the grace
+    after it once it has claimed the root.
+    """
 
     def __init__(
         self,
@@ -44,8 +50,10 @@ class Launcher:
         lost: Callable[[Exception | None], PoolError],
         *,
         startup_files: bool,
+        trust: Trust | None = None,
         claim: Callable[[], Claim | None] | None = None,
     ) -> None:
+        self._trust = trust
         self._claim_of = claim
         self._claiming = asyncio.Lock()
         self._unfenced = False
@@ -65,6 +73,11 @@ class Launcher:
             return "helper"
         why = self._why_not()
         return f"channel: {why}" if why else "channel" if self._mode == "channel" else ""
+
+    @property
+    def by_channels(self) -> bool:
+        """Whether that is known to be by channels."""
+        return self._mode == "channel" or (self._mode == "auto" and bool(self._why_not()))
 
     def _why_not(self) -> str:
         """Why this host is believed to have none; "" when it is not."""
@@ -92,7 +105,7 @@ class Launcher:
         return helper
 
     async def _started_helper(self) -> Helper | None:
-        if self._mode == "channel" or (self._mode == "auto" and self._why_not()):
+        if self.by_channels:
             return None
         try:
             await asyncio.shield(self._begin())
@@ -117,7 +130,7 @@ class Launcher:
         return self._starting
 
     async def _start(self) -> None:
-        helper = Helper(self._lost, self._ended)
+        helper = Helper(self._lost, self._ended, self._left_to_work if self._trust is not None else None)
         try:
             await helper.start(self._connection, self._channels, self._left, startup_files=self._startup_files)
         except (NoHelper, BackendUnavailable) as error:
@@ -133,6 +146,12 @@ class Launcher:
         if self._closed:
             helper.close()
 
+    def _left_to_work(self) -> float | None:
+        """For how many seconds the host is to believe in this process; None: for as long as it likes."""
+        left = None if self._trust is None else self._trust()
+        claim = self._claim_of() if self._claim_of is not None and self.fenced else None
+        return left if left is None or claim is None else left + claim.grace
+
     def _started(self, starting: "asyncio.Task[None]") -> None:
         self._starting = None
         if not starting.cancelled():
@@ -144,7 +163,7 @@ class Launcher:
         Without anything to end, the next is begun when it is wanted: one that dies at once is not begun for ever.
         """
         self._left = helper.left
-        if not helper.how or helper.how == _IN_ORDER or self._connection.is_closed() or self._closed:
+        if helper.how in _IN_ORDER or self._connection.is_closed() or self._closed:
             return
         logger.warning("%s: the helper ended (%s)", self._where[0], helper.how)
         if self._left:

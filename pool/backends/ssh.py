@@ -6,6 +6,7 @@ import os
 import shlex
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from pool.backends.leftovers import owner
 from pool.backends.logins import login_line
 from pool.backends.output import Capture
 from pool.backends.process import PipedProcess
-from pool.backends.pulse import Pulse
 from pool.backends.sftp import RemoteFiles
 from pool.backends.shell import PipedCommand, ShellCommand, check_env
+from pool.backends.watchdog import Watchdog
 from pool.backends.workspace import MAX_OUTPUT, Durable, FileStat, Place, WorkspaceBackend
 from pool.config import check_number
 from pool.errors import BackendClosed, BackendUnavailable, ConfigError, PoolError
@@ -58,7 +59,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     connect, login included, from its turn on. *max_connects*: logins to the host that may be under way at a time in
     this process; the others wait for their turn (`pool.backends.logins`). *keepalive_interval* (seconds) times
     *keepalive_count* is how long a silent host is believed to be alive. *max_channels*: sessions for commands and
-    files at a time; keep it below the server's MaxSessions (the pulse of ``trust`` takes one more); what exceeds it
+    files at a time; keep it below the server's MaxSessions (without a helper ``trust`` takes one more); what exceeds it
     waits. A helper takes one of them for itself, for any number of commands.
     *exec_mode*: how commands and files travel. ``"helper"``: through a small program that the host's python3 runs, one
     round trip for each (`pool.backends.helper`). ``"channel"``: each command on a channel of its own, files by SFTP.
@@ -68,10 +69,10 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     """
 
     __slots__ = (  # in a dict more than 30 attributes take 1.6 KB, and a process may have a thousand idle connections
-        "_channels", "_clean_at", "_client_keys", "_connect_timeout", "_connection", "_files", "_generous", "_insecure",
+        "_channels", "_clean_at", "_client_keys", "_connect_timeout", "_connection", "_files", "_insecure",
         "_keepalive", "_known_hosts", "_launcher", "_login_shell", "_lost_why", "_max_channels", "_max_connects",
-        "_passphrase_env", "_password_env", "_processes", "_pulse", "_startup_files", "_warned", "base_env",
-        "exec_mode", "host", "max_output", "port", "root", "root_dir", "username",
+        "_passphrase_env", "_password_env", "_startup_files", "_warned", "_watchdog", "base_env", "exec_mode", "host",
+        "max_output", "port", "root", "root_dir", "username",
     )  # fmt: skip
 
     kind = "ssh"
@@ -132,9 +133,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         self._files: RemoteFiles | None = None
         self._lost_why = "it broke"
         self._login_shell = ""
-        self._pulse: Pulse | None = None
-        self._processes = 0  # of `start_process`: no fence covers them
-        self._generous = False  # the host was told of the grace, too
+        self._watchdog: Watchdog | None = None
         self._warned = False
 
     # -- life
@@ -170,16 +169,20 @@ class RemoteFilesystemBackend(WorkspaceBackend):
             self.exec_mode,
             self.lost_error,
             startup_files=self._startup_files,
+            trust=self.trust,
             claim=self.claim,
         )
+        if self.trust is not None and LOOPBACK not in str(connection.get_extra_info("server_version")):
+            self._watchdog = Watchdog(connection, self._channels, self.trust, self._go_without_watchdog)
         try:
-            root, _ = await asyncio.gather(self._make_root(connection), self._start_pulse(connection))
-            self._login_shell, self.root = root
+            if self._watchdog is not None and self._launcher.by_channels:
+                self._watchdog.begin()
+            self._login_shell, self.root = await self._make_root(connection)
             self._launcher.root = self.root
             forget_login(connection)
         except BaseException:
             self._connection = None
-            self._stop_pulse()
+            self._stop_watchdog()
             connection.abort()
             raise
 
@@ -246,44 +249,28 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         shell, _, root = output.rpartition(_MARK)[2].rstrip("\n").partition(":")
         return shell, root
 
-    async def _start_pulse(self, connection: asyncssh.SSHClientConnection) -> None:
-        """Have the host end what runs when ``trust`` is over; on a host that cannot, go on without, with a warning."""
-        if self.trust is None or LOOPBACK in str(connection.get_extra_info("server_version")):
-            return
-        self._pulse = pulse = Pulse(self._left, connection.abort)
-        if why := await pulse.start(connection, self._channels):
-            self._go_without_pulse(why)
-        else:
-            self._channels.give_up = lambda: self._go_without_pulse("it needs one session more (MaxSessions?)")
+    async def _watched(self) -> None:
+        """Have the host end what is started over channels from now on, files too, when ``trust`` is over."""
+        if self._watchdog is not None:
+            try:
+                await self._watchdog.start()
+            except asyncssh.Error as error:
+                raise self.lost_error(error) from error
 
-    def _left(self) -> float | None:
-        """For how many seconds the host is to believe in this process; None: for as long as it likes."""
-        left = None if self.trust is None else self.trust()
-        claim = None if self.claim is None or self._processes or not self.fenced else self.claim()
-        self._generous = claim is not None and claim.grace > 0
-        return left if left is None or claim is None else left + claim.grace
-
-    def _be_strict(self) -> None:
-        """Tell the host, before something starts that no fence covers, not to count on the grace."""
-        if self._generous and self._pulse is not None:
-            self._pulse.hurry()
-
-    @property
-    def fenced(self) -> bool:
-        return self._launcher is not None and self._launcher.fenced
-
-    def _go_without_pulse(self, why: str) -> None:
-        """Say so, once, and stop it if it was started."""
-        self._channels.give_up = None
-        self._stop_pulse()
+    def _go_without_watchdog(self, why: str) -> None:
+        """Say so, once."""
         if not self._warned:
             self._warned = True
             logger.warning("%s cannot end the commands of a frozen worker: %s", self.host, why)
 
-    def _stop_pulse(self) -> None:
-        pulse, self._pulse = self._pulse, None
-        if pulse is not None:
-            pulse.stop()
+    def _stop_watchdog(self) -> None:
+        watchdog, self._watchdog = self._watchdog, None
+        if watchdog is not None:
+            watchdog.stop()
+
+    @property
+    def fenced(self) -> bool:
+        return self._launcher is not None and self._launcher.fenced
 
     def _lost(self, error: Exception | None) -> None:
         """Note that the connection is gone; called by asyncssh."""
@@ -319,7 +306,7 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        self._stop_pulse()
+        self._stop_watchdog()
         if self._launcher is not None:
             self._launcher.close()
         connection.close()
@@ -354,16 +341,18 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         connection = await self.live_connection()
         session = CommandSession(self, capture)
         try:
+            await self._watched()
             return await self._start(connection, shell.line(self._login_shell), session, shell.setup)
         except BackendUnavailable:
             if session.started or not connection.is_closed():
                 raise
         connection = await self.live_connection()
+        await self._watched()
         return await self._start(connection, shell.line(self._login_shell), CommandSession(self, capture), shell.setup)
 
     async def start_process(self, argv: Sequence[str], cwd: Place, env: Mapping[str, str]) -> PipedProcess:
         command = PipedCommand(argv, cwd.chain, {**self.base_env, **env}, owner())
-        connection, channels = await self.live_connection(), self._channels
+        connection, channels, watchdog = await self.live_connection(), self._channels, self._watchdog
         line = command.line(self._login_shell)
 
         async def opening() -> asyncssh.SSHClientProcess[bytes]:
@@ -374,20 +363,20 @@ class RemoteFilesystemBackend(WorkspaceBackend):
                 task.add_done_callback(_close_late)
                 raise
 
-        self._processes += 1
-        self._be_strict()
-        try:
-            process = await channels.granted(connection, opening, lasting=True)
-        except BaseException as error:
-            self._processes -= 1
-            if isinstance(error, asyncssh.Error):
+        with ExitStack() as stack:
+            try:
+                if watchdog is not None:
+                    await watchdog.enter()
+                    stack.callback(watchdog.leave)
+                process = await channels.granted(connection, opening, lasting=True)
+            except asyncssh.Error as error:
                 raise self.lost_error(error) from error
-            raise
+            at_end = stack.pop_all()
 
         async def give_back() -> None:
             await process.wait_closed()
-            self._processes -= 1
             channels.closed(lasting=True)
+            at_end.close()
 
         piped = PipedProcess(process, command, process.close)
         piped.closed = asyncio.ensure_future(give_back())
@@ -396,7 +385,6 @@ class RemoteFilesystemBackend(WorkspaceBackend):
     async def _start(
         self, connection: asyncssh.SSHClientConnection, line: str, session: CommandSession, setup: bytes = b""
     ) -> CommandSession:
-        self._be_strict()
         try:
             await self._channels.start(connection, session, line, setup)
         except asyncssh.Error as error:
@@ -439,7 +427,10 @@ class RemoteFilesystemBackend(WorkspaceBackend):
         return self._files
 
     async def _files_now(self) -> RemoteFiles | HelperFiles:
-        return await (await self._live())[1].files() or self.sftp_files
+        if files := await (await self._live())[1].files():
+            return files
+        await self._watched()
+        return self.sftp_files
 
     async def read_file(self, place: Place) -> bytes:
         return await (await self._files_now()).read(place)

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 _MODULES = (
-    "wire", "family", "commands", "durable", "keeper", "follower", "fence", "files", "transfers", "program",
+    "wire", "family", "trust", "commands", "durable", "keeper", "follower", "fence", "files", "transfers", "program",
 )  # fmt: skip
 """In the order in which they import one another. There, as here, each is compiled when it is first imported."""
 

@@ -149,6 +149,20 @@ def ended_children() -> "Iterator[tuple[int, int, resource.struct_rusage]]":
         yield pid, status, usage
 
 
+def environment(of_parent: bool) -> "dict[bytes, bytes]":
+    """Return the environment this program was started with; Python itself may have set LC_CTYPE since.
+
+    *of_parent*: the one that the login shell was started with, before it read its start-up files.
+    """
+    try:
+        with open("/proc/%s/environ" % (os.getppid() if of_parent else "self"), "rb") as file:
+            variables = dict(line.split(b"=", 1) for line in file.read().split(b"\0") if b"=" in line)
+    except OSError:
+        variables = dict(os.environb)
+    variables.pop(b"_", None)  # a shell's word for the program it starts
+    return variables
+
+
 def start(
     request: bytes, base: "dict[bytes, bytes]", mark: bytes = b"", stdin: "int | None" = None
 ) -> "tuple[int, int, int]":

@@ -12,7 +12,7 @@ import signal
 import time
 from collections import deque
 
-from pool.helper import commands, family, wire
+from pool.helper import commands, family, trust, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Helper:
         self._full = False  # the channel takes no more at present
         self._closing = False
         self._patience = 0.0
+        self._trust = trust.Trust()
         self._woken, self._waking = os.pipe()
         for end in (self._woken, self._waking, 1):
             os.set_blocking(end, False)
@@ -72,6 +73,7 @@ class Helper:
             wire.FILE: self._operate,
             wire.INPUT: self._feed,
             wire.SWEEP: self._sweep,
+            wire.UNTIL: self._until,
         }
 
     def run(self) -> None:
@@ -87,6 +89,7 @@ class Helper:
             events = self._events.poll(self._timeout())
         else:
             events = self._control.poll(self._timeout())
+        self._check_trust()
         for descriptor, _ in events:
             if descriptor == 0:
                 self._read()
@@ -97,12 +100,22 @@ class Helper:
         self._due()
         self._flush()
 
-    def _fail(self, error: Exception) -> None:
-        """Say it, and end; at once, when it has come to that before."""
+    def _check_trust(self) -> None:
+        """Leave nothing running for a worker that has not said that it may go on."""
+        if not self._closing and self._trust.left() <= 0:
+            self._say("the worker has not said that it may go on")
+            self.code = wire.OVER
+            self._close()
+
+    def _say(self, text: str) -> None:
         try:
-            os.write(2, ("pool-helper: %r\n" % (error,)).encode("ascii", "backslashreplace"))
+            os.write(2, ("pool-helper: %s\n" % text).encode("ascii", "backslashreplace"))
         except OSError:  # nobody listens
             pass
+
+    def _fail(self, error: Exception) -> None:
+        """Say it, and end; at once, when it has come to that before."""
+        self._say(repr(error))
         self.code = 1
         if self._closing:
             for command in self._running.values():
@@ -127,7 +140,10 @@ class Helper:
             moments.append(self._patience)
         if self._untold:
             moments.append(self._untold[0][0])
-        return max(0.0, 1e3 * (min(moments) - time.monotonic()) + 0.5) if moments else None
+        wait = min(moments) - time.monotonic() if moments else trust.FOREVER
+        if not self._closing:
+            wait = min(wait, self._trust.left())
+        return max(0.0, 1e3 * wait + 0.5) if wait < trust.FOREVER else None
 
     def _due(self) -> None:
         """Do what is due by now."""
@@ -168,7 +184,7 @@ class Helper:
         unread = self._unread
         unread += data
         at = 0
-        while len(unread) - at >= wire.HEADER.size:
+        while len(unread) - at >= wire.HEADER.size and not self._closing:
             kind, number, length = wire.HEADER.unpack_from(unread, at)
             if kind not in self._kinds:
                 raise ValueError("no frame is of kind %d" % kind)
@@ -463,28 +479,18 @@ class Helper:
     def _ping(self, number: int, _: bytes) -> None:
         self._send(wire.PONG, number)
 
+    def _until(self, _: int, moment: bytes) -> None:
+        self._send(wire.CLOCK, 0, self._trust.hear(moment))
+        self._check_trust()
+
     def _sweep(self, _number: int, payload: bytes) -> None:
         family.sweep(payload.split(b"\0"))
-
-
-def _environment(of_parent: bool) -> "dict[bytes, bytes]":
-    """Return the environment this program was started with; Python itself may have set LC_CTYPE since.
-
-    *of_parent*: the one that the login shell was started with, before it read its start-up files.
-    """
-    try:
-        with open("/proc/%s/environ" % (os.getppid() if of_parent else "self"), "rb") as file:
-            variables = dict(line.split(b"=", 1) for line in file.read().split(b"\0") if b"=" in line)
-    except OSError:
-        variables = dict(os.environb)
-    variables.pop(b"_", None)  # a shell's word for the program it starts
-    return variables
 
 
 def main(token: str, of_parent: bool) -> None:
     """Say who we are, and serve."""
     os.chdir("/")
-    helper = Helper(_environment(of_parent), token)
-    os.write(1, wire.mark(token))
+    helper = Helper(commands.environment(of_parent), token)
+    os.write(1, wire.mark(token) + wire.frame(wire.CLOCK, 0, trust.now()))
     helper.run()
     os._exit(helper.code)  # not waiting for a file operation that hangs

@@ -21,6 +21,7 @@ PING = 6
 SWEEP = 7  # what a helper that is no more has left of its commands: marks, and what STARTED told, separated by NUL
 DURABLE = 8  # name NUL digest of the command NUL bytes of output to keep NUL seconds or 0 NUL an EXEC
 STDIN = 9  # bytes that the command of the EXEC or DURABLE which follows under this number is to read
+UNTIL = 10  # end, with all that runs, when the helper's clock has come to this moment; empty: no moment is known
 
 # From the helper.
 OUT = 65  # bytes of stdout, ...
@@ -31,6 +32,7 @@ FAILED = 69  # name of an error NUL its arguments...
 PONG = 70
 STARTED = 71  # a command that takes longer: its process, and since when that runs
 GAP = 72  # bytes of stdout and of stderr that are left out here, as decimal numbers
+CLOCK = 73  # the present moment, in hundredths of seconds as a decimal number: first of all, and after each UNTIL
 
 COUNT = struct.Struct(">I")
 
@@ -40,6 +42,9 @@ CREDIT_AT = WINDOW // 4
 """Bytes consumed after which the other side is told."""
 CHUNK = 1 << 16
 """Bytes of output or of a file in one frame at most."""
+
+OVER = 75
+"""The helper's exit code when the moment of the last UNTIL has come: EX_TEMPFAIL of sysexits.h."""
 
 KILL_GRACE = 0.1
 """Seconds between TERM and KILL."""

@@ -158,9 +158,9 @@ def test_a_host_that_talks_first(make, noise):
 
 def test_a_helper_that_always_dies_after_its_start(make):
     """Each use says so, none hangs, and it is not started without end."""
-    with make(
-        'printf "%s\\n" $$ >> ~/deaths; head -c "$5" > /dev/null; printf "pool-helper 1 %s\\n" "$6"; exit 9'
-    ) as rig:
+    clock = r"\111\0\0\0\0\0\0\0\0010"  # one digit
+    greeting = f'printf "pool-helper 1 %s\\n{clock}" "$6"'
+    with make(f'printf "%s\\n" $$ >> ~/deaths; head -c "$5" > /dev/null; {greeting}; exit 9') as rig:
         deaths = rig.info.home / "deaths"
         deaths.unlink(missing_ok=True)
         backend = rig.backend(exec_mode="helper")

@@ -1,5 +1,6 @@
 """What becomes of a worker's remote commands when it is frozen or cut off. Over OpenSSH."""
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -39,8 +40,23 @@ def server(tmp_path):
         yield server
 
 
+@pytest.fixture(params=["ssh", "ssh-channel"])
+def rig(server, tmp_path, request):
+    """Commands by a helper, which ends itself, or over channels, with a watchdog."""
+    with no_leaks(), Rig(request.param, tmp_path, server.info) as rig:
+        yield rig
+
+
 @pytest.fixture
-def rig(server, tmp_path):
+def watched(server, tmp_path):
+    """A rig whose connections have a watchdog."""
+    with no_leaks(), Rig("ssh-channel", tmp_path, server.info) as rig:
+        yield rig
+
+
+@pytest.fixture
+def helped(server, tmp_path):
+    """A rig whose connections have a helper."""
     with no_leaks(), Rig("ssh", tmp_path, server.info) as rig:
         yield rig
 
@@ -52,27 +68,27 @@ def trusted(rig, trust=lambda: TRUST, **config):
     return backend
 
 
-async def hurried(backend):
-    """Have the pulse beat once more."""
-    backend._pulse.hurry()
-
-
 def connections(server):
     """Return the processes of all connections, their commands included."""
     return psutil.Process(server.pid).children(recursive=True)
 
 
-def pulse_of(server):
-    """Return the processes of the only pulse there is, its clock included."""
+def scripts(server):
+    """Return the processes of all watchdogs: each has the script, and its clock."""
+    return [each for each in connections(server) if "pool-watchdog" in each.cmdline()]
+
+
+def watchdog_of(server):
+    """Return the processes of the only watchdog there is, with the clock and its sleep."""
 
     def find():
         try:
-            found = [each for each in connections(server) if "pool-pulse" in each.cmdline()]
+            found = scripts(server)
             return len(found) == 2 and [*found, *found[1].children()]
         except psutil.NoSuchProcess:  # a clock that was replaced meanwhile
             return None
 
-    return wait_until(find, "the script of the pulse and its clock")
+    return wait_until(find, "the script of the watchdog and its clock")
 
 
 class Running(threading.Thread):
@@ -124,7 +140,7 @@ def worker(rig, trust, **config):
     """A process with a pool that runs `COMMANDS`."""
     info = rig.info
     login = {"host": "127.0.0.1", "port": info.port, "username": info.username, "root_dir": str(rig.root)}
-    keys = {"client_keys": str(info.client_key), "known_hosts": str(info.known_hosts)}
+    keys = {"client_keys": str(info.client_key), "known_hosts": str(info.known_hosts), "exec_mode": rig.exec_mode}
     process = subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         process.stdin.write(json.dumps([{**login, **keys, **config}, trust, list(COMMANDS.values())]) + "\n")
@@ -255,18 +271,44 @@ def test_when_trust_ends_so_do_the_commands(rig):
     assert backend.exec("echo again").stdout == "again\n"
 
 
-def test_what_is_fenced_outlives_the_trust_for_the_time_of_the_grace(rig):
+def test_what_is_fenced_outlives_the_trust_for_the_time_of_the_grace(server, helped):
     """The host ends it for a newer owner. It does not so end an agent: with one, the connection ends with the trust."""
     end = time.monotonic() + TRUST
-    fenced, mixed = (trusted(rig, lambda: end - time.monotonic()) for _ in range(2))
+    fenced, mixed = (trusted(helped, lambda: end - time.monotonic()) for _ in range(2))
     for backend in (fenced, mixed):
         backend.claim = lambda: Claim("acme", 5, 600.0)
         backend.exec("true")
-        backend.run_sync(hurried(backend))  # the host is told of the grace
     mixed.run_sync(mixed.start_process(["sleep", "1000"], Place(mixed.root, "."), {}))
     wait_until(lambda: not mixed.usable, "the host has ended the connection of the agent", ENDS)
     assert time.monotonic() >= end - 0.1
     assert fenced.exec("echo on").stdout == "on\n"
+
+
+def test_without_a_fence_there_is_no_grace(helped, caplog):
+    """On a host that cannot keep one, nobody would end the commands for a newer owner."""
+    (helped.root / ".pool").write_text("no folder")
+    end = time.monotonic() + TRUST
+    backend = trusted(helped, lambda: end - time.monotonic())
+    backend.claim = lambda: Claim("acme", 5, 600.0)
+    with pytest.raises(BackendUnavailable, match="may go on"):
+        backend.exec("sleep 1000")
+    assert time.monotonic() >= end - 0.1
+    assert "older owners" in caplog.text
+
+
+def test_an_agent_has_a_watchdog_as_long_as_it_runs(server, helped):
+    """Afterwards the helper is enough again; a second agent has its own time."""
+    backend = trusted(helped)
+    backend.exec("true")
+    assert not scripts(server)
+    place = Place(backend.root, ".")
+    first, second = (backend.run_sync(backend.start_process(["sleep", "1000"], place, {})) for _ in range(2))
+    watchdog_of(server)
+    backend.run_sync(first.close())
+    watchdog = watchdog_of(server)
+    backend.run_sync(second.close())
+    wait_gone(*(each.pid for each in watchdog))
+    assert backend.exec("echo in").stdout == "in\n"
 
 
 def test_trust_without_limit(rig):
@@ -282,37 +324,58 @@ def test_trust_without_limit(rig):
     wait_gone(pid)
 
 
-def test_a_close_leaves_nothing_but_what_was_left_on_purpose(server, rig):
+@pytest.mark.parametrize("pause", [0.0, 0.001, 0.005, 0.01, 0.02, 0.05])
+def test_an_agent_that_is_given_up_while_it_starts_leaves_no_watchdog(server, helped, pause):
+    """Whatever the watchdog was at."""
+    backend = trusted(helped)
+    backend.exec("true")
+
+    async def give_up():
+        starting = asyncio.ensure_future(backend.start_process(["sleep", "1000"], Place(backend.root, "."), {}))
+        await asyncio.sleep(pause)
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await starting).close()
+
+    backend.run_sync(give_up())
+    assert backend.exec("echo in").stdout == "in\n"
+    wait_until(lambda: not scripts(server), "the watchdog is gone")
+    agent = backend.run_sync(backend.start_process(["sleep", "1000"], Place(backend.root, "."), {}))
+    watchdog_of(server)
+    backend.run_sync(agent.close())
+
+
+def test_a_close_leaves_nothing_but_what_was_left_on_purpose(server, watched):
     """The script and its clock end with the connection; a background process of a command that has ended stays."""
-    backend = trusted(rig)
+    rig, backend = watched, trusted(watched)
     backend.exec("sleep 1000 >/dev/null 2>&1 & echo $! > left")
     left = wait_pid(rig.root / "left")
     try:
-        pulse = pulse_of(server)
+        watchdog = watchdog_of(server)
         backend.destroy()
-        wait_gone(*(each.pid for each in pulse))
+        wait_gone(*(each.pid for each in watchdog))
         wait_until(lambda: not connections(server), "the connection is gone")
         assert not is_gone(left)
     finally:
         psutil.Process(left).kill()
 
 
-def test_a_pulse_that_is_killed_ends_its_connection(server, rig):
-    """Nothing would cover the commands any more; the next use has a pulse again."""
-    backend = trusted(rig)
+def test_a_watchdog_that_is_killed_ends_its_connection(server, watched):
+    """Nothing would cover the commands any more; the next use has a watchdog again."""
+    backend = trusted(watched)
     running = Running(backend, "echo $$ > pid; sleep 1000")
-    pid = wait_pid(rig.root / "pid")
-    pulse_of(server)[0].kill()
+    pid = wait_pid(watched.root / "pid")
+    watchdog_of(server)[0].kill()
     running.join(ENDS)
     assert isinstance(running.result, BackendUnavailable)
     wait_gone(pid)
     assert backend.exec("echo again").stdout == "again\n"
-    pulse_of(server)
+    watchdog_of(server)
 
 
 @pytest.mark.parametrize("sessions", [1, 2])
 def test_a_server_with_too_few_sessions(tmp_path, sessions, caplog):
-    """Work goes on without a pulse, with one warning; files and commands share what there is."""
+    """Work goes on without a watchdog, with one warning; files and commands share what there is."""
     require_service("sshd", sshd_binary())
     with (
         OpenSshd(tmp_path / "sshd", max_sessions=sessions) as server,
@@ -327,8 +390,8 @@ def test_a_server_with_too_few_sessions(tmp_path, sessions, caplog):
     assert len([record for record in caplog.records if "MaxSessions" in record.message]) == 1
 
 
-def test_commands_and_files_fill_the_sessions_that_the_pulse_leaves(tmp_path):
-    """Three sessions: the pulse, the files, one command at a time; the pulse is kept."""
+def test_commands_and_files_fill_the_sessions_that_the_watchdog_leaves(tmp_path):
+    """Three sessions: the watchdog, the files, one command at a time; the watchdog is kept."""
     require_service("sshd", sshd_binary())
     with OpenSshd(tmp_path / "sshd", max_sessions=3) as server, Rig("ssh-channel", tmp_path, server.info) as rig:
         backend = trusted(rig)
@@ -337,7 +400,7 @@ def test_commands_and_files_fill_the_sessions_that_the_pulse_leaves(tmp_path):
         for each in running:
             each.join(ENDS)
         assert [each.result.stdout for each in running] == [f"{number}\n" for number in range(10)]
-        pulse_of(server)
+        watchdog_of(server)
 
 
 def test_a_host_whose_sessions_have_another_parent(tmp_path, caplog):
@@ -346,41 +409,56 @@ def test_a_host_whose_sessions_have_another_parent(tmp_path, caplog):
     force = 'ForceCommand /bin/sh -c "$SSH_ORIGINAL_COMMAND"; exit $?'
     with (
         OpenSshd(tmp_path / "sshd", extra_config=[force]) as server,
-        Rig("ssh", tmp_path, server.info) as rig,
+        Rig("ssh-channel", tmp_path, server.info) as rig,
         caplog.at_level(logging.WARNING, "pool"),
     ):
         backend = trusted(rig)
         assert backend.exec("echo in").stdout == "in\n"
-        assert "pool-pulse" not in "".join(str(each.cmdline()) for each in connections(server))
+        assert not scripts(server)
     assert len([record for record in caplog.records if "'sh'" in record.message]) == 1
 
 
-def test_without_trust_there_is_no_pulse(server, rig):
-    """The default: not a process and not a session more than before."""
-    backend = rig.backend()
+@pytest.mark.parametrize("kind", ["with trust", "without"])
+def test_a_watchdog_is_there_where_it_is_needed_only(server, rig, kind):
+    """Not by default, and not beside a helper: not a process and not a session more."""
+    backend = trusted(rig) if kind == "with trust" else rig.backend()
     running = Running(backend, "echo $$ > pid; sleep 1000")
     wait_pid(rig.root / "pid")
-    assert "pool-pulse" not in "".join(str(each.cmdline()) for each in connections(server))
+    assert bool(scripts(server)) == (kind == "with trust" and rig.exec_mode == "channel")
     backend.destroy()
     running.join(ENDS)
 
 
-def test_the_loopback_server_is_used_without_a_pulse(tmp_path, caplog):
+@pytest.mark.parametrize("kind", ["ssh", "ssh-channel"])
+def test_the_loopback_server_is_used_without_a_watchdog(tmp_path, caplog, kind):
     """It has no process for each connection, and everybody knows: no warning."""
     with (
         LoopbackSshd(tmp_path / "sshd", home=tmp_path / "home") as server,
-        Rig("ssh", tmp_path, server.info) as rig,
+        Rig(kind, tmp_path, server.info) as rig,
         caplog.at_level(logging.WARNING, "pool"),
     ):
         assert trusted(rig).exec("echo in").stdout == "in\n"
     assert not caplog.records
 
 
-def test_a_pool_hands_its_trust_to_its_backends(server, rig):
+def test_a_helper_keeps_the_moment_on_any_server(tmp_path):
+    """It needs no process of the server's."""
+    with (
+        LoopbackSshd(tmp_path / "sshd", home=tmp_path / "home") as server,
+        Rig("ssh", tmp_path, server.info) as rig,
+    ):
+        end = time.monotonic() + 1
+        with pytest.raises(BackendUnavailable, match="may go on"):
+            trusted(rig, lambda: end - time.monotonic()).exec("echo $$ > pid; sleep 1000")
+        assert time.monotonic() >= end - 0.1
+        wait_gone(wait_pid(rig.root / "pid"))
+
+
+def test_a_pool_hands_its_trust_to_its_backends(rig):
     """Through the manager, as a worker uses it."""
+    end = time.monotonic() + 2
     with no_leaks():
-        pool = BackendPoolManager(rig.backend, trust=lambda: TRUST, enable_periodic_cleanup=False)
-        with pool.backend("key") as backend:
-            backend.exec("true")
-            pulse_of(server)
+        pool = BackendPoolManager(rig.backend, trust=lambda: end - time.monotonic(), enable_periodic_cleanup=False)
+        with pool.backend("key") as backend, pytest.raises(BackendUnavailable):
+            backend.exec("sleep 1000")
         pool.destroy_all()

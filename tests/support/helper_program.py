@@ -87,6 +87,8 @@ class Program:
         )
         self.pid = self.process.pid
         self.credit = True
+        self.clock = 0
+        """What the helper told of its clock last, in hundredths of seconds."""
         self.calls: dict[int, Call] = {}
         self._unread = b""
         self._number = 0
@@ -98,6 +100,9 @@ class Program:
             self._receive()
         assert self._unread.startswith(mark), self._unread
         self._unread = self._unread[len(mark) :]
+        self._take()
+        while not self.clock:
+            self.pump()
         return self
 
     def __exit__(
@@ -193,7 +198,13 @@ class Program:
         """Take some frames; fail when none comes or the helper has ended."""
         if not self._receive():
             raise EOFError(f"the helper has ended: {self.errors()}")
+        self._take()
+
+    def _take(self) -> None:
         for kind, number, payload in self._frames():
+            if kind == wire.CLOCK:
+                self.clock = int(payload)
+                continue
             call = self.calls[number]
             assert not call.kind, "a frame after the last one"
             if kind in (wire.OUT, wire.ERR):

@@ -73,14 +73,18 @@ class Rig:
         """Return a new backend over the root; it connects on first use."""
         config = {"root_dir": str(self.root), **config}
         if self.info is not None:
-            mode = "channel" if self.kind.endswith("-channel") else "helper"
-            backend: WorkspaceBackend = ssh_backend(self.info, **{"exec_mode": mode, **config})
+            backend: WorkspaceBackend = ssh_backend(self.info, **{"exec_mode": self.exec_mode, **config})
         elif self.kind == "local":
             backend = LocalFilesystemBackend(**config)
         else:
             backend = MemoryBackend(**{"handler": shell_handler, **config})
         self._backends.append(backend)
         return backend
+
+    @property
+    def exec_mode(self) -> str:
+        """How commands and files travel over SSH."""
+        return "channel" if self.kind.endswith("-channel") else "helper"
 
     def logins(self) -> int:
         """How often anybody has logged in to the server; 0 for kinds without one."""

@@ -1,176 +1,136 @@
-"""The script of a pulse in each shell there is, below a parent that looks like a connection's sshd."""
+"""What a host is told, and when: on a clock of the tests' own."""
 
-import os
-import shutil
-import subprocess
+import asyncio
 
-import psutil
 import pytest
 
-from pool.backends.pulse import _MARK, _SCRIPT
-from tests.support.processes import wait_gone
-from tests.support.services import require_service
-from tests.support.waiting import wait_until
-
-SHELLS = {"dash": ["dash"], "bash": ["bash", "--posix"], "busybox": ["busybox", "ash"]}
-PARENT = '"$@"; code=$?; echo "parent lives $code"'
+from pool.backends import pulse as pulses
+from pool.backends.pulse import Pulse
+from pool.errors import BackendUnavailable
 
 
-@pytest.fixture(params=SHELLS)
-def shell(request):
-    argv = SHELLS[request.param]
-    path = shutil.which(argv[0])
-    require_service(argv[0], path)
-    return [path, *argv[1:]]
+class Timer:
+    """A call that the loop will make."""
+
+    def __init__(self, when, call):
+        self.when, self.call, self.cancelled = when, call, False
+
+    def cancel(self):
+        self.cancelled = True
+
+
+class World:
+    """A clock, a loop that moves it to its next timer, and a host that hears of moments."""
+
+    def __init__(self):
+        self.now = 50.0
+        self.ahead = 1000.0  # seconds of the host's clock before ours
+        self.left = 8.0
+        self.told = []
+        self.timer = None
+        self.pulse = Pulse(self.trust, self.tell)
+        self.failure = None
+
+    def trust(self):
+        return self.left
+
+    def tell(self, moment):
+        if self.failure:
+            raise self.failure
+        self.told.append(moment)
+
+    def sample(self, late=0.0):
+        self.pulse.sample(round(100 * (self.now + self.ahead - late)))
+
+    def call_later(self, pause, call):
+        self.timer = Timer(self.now + pause, call)
+        return self.timer
+
+    def step(self):
+        """Let the next beat come; return after how many seconds."""
+        timer, self.timer, before = self.timer, None, self.now
+        assert not timer.cancelled
+        self.now = timer.when
+        timer.call()
+        return pytest.approx(self.now - before)
 
 
 @pytest.fixture
-def start(shell, tmp_path):
-    """``start(name)``: the script as a child of a process of that name; ended with all below it."""
-    started = []
-
-    def start(name="sshd"):
-        parent = tmp_path / name
-        shutil.copy(os.path.realpath("/bin/sh"), parent)
-        process = subprocess.Popen(
-            [parent, "-c", PARENT, "parent", *shell, "-c", _SCRIPT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.stdin.close()
-        for each in [process, *below]:
-            try:
-                each.kill()
-            except psutil.NoSuchProcess:
-                pass
-        process.wait()
-        process.stdout.close()
+def world(monkeypatch):
+    world = World()
+    monkeypatch.setattr(pulses, "monotonic", lambda: world.now)
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: world)
+    world.sample()
+    return world
 
 
-def now(process):
-    """Return the moment that the script tells."""
-    line = process.stdout.readline()
-    assert line.startswith(_MARK), line
-    return int(line.removeprefix(_MARK))
+def test_the_moment_is_told_in_the_host_s_time(world):
+    """In hundredths of seconds."""
+    world.pulse.start()
+    assert world.told == [105_800]
 
 
-def tell(process, line):
-    """Send a line and return the moment of its answer."""
-    process.stdin.write(f"{line}\n")
-    process.stdin.flush()
-    return now(process)
+@pytest.mark.parametrize(("left", "pause"), [(8.0, 2.0), (400.0, 10.0), (0.1, 0.05), (None, 1.0)])
+def test_the_next_beat_comes_in_time(world, left, pause):
+    """After a quarter of what is left, within bounds; soon, when a limit may come."""
+    world.left = left
+    world.pulse.start()
+    assert world.step() == pause
+    assert len(world.told) == 2
 
 
-def below(process):
-    return psutil.Process(process.pid).children(recursive=True)
+def test_without_a_limit_the_host_is_told_of_none(world):
+    """Until there is one."""
+    world.left = None
+    world.pulse.start()
+    world.left = 3.0
+    world.step()
+    assert world.told == [None, 105_400]
 
 
-def sleeper(process):
-    """Return the clock's `sleep` once there is one."""
-
-    def find():
-        try:
-            return [each for each in below(process) if each.name() == "sleep" or "sleep" in each.cmdline()[:2]]
-        except psutil.NoSuchProcess:
-            return []
-
-    return wait_until(find, "the clock runs")[0]
-
-
-def test_the_parent_ends_when_the_moment_has_come(start):
-    """And not before; nothing of the script is left."""
-    process = start()
-    moment = now(process) + 100
-    tell(process, moment)
-    script = [each.pid for each in below(process)]
-    process.wait(20)
-    process.stdin.close()  # as an sshd's end does
-    assert process.stdout.read() == ""
-    wait_gone(*script)
-    with open("/proc/uptime") as uptime:
-        assert float(uptime.read().split()[0]) * 100 >= moment
+def test_a_sample_that_was_late_makes_the_moment_too_early_never_too_late(world):
+    """The best of the last ones counts, not the last."""
+    for late in (3.0, 0.5, 2.0):
+        world.sample(late)
+    world.pulse.start()
+    assert world.told == [105_800]
+    for _ in range(8):
+        world.sample(0.5)
+    world.step()
+    assert world.told[1] == 105_950
 
 
-def test_a_later_moment_replaces_the_one_before(start):
-    """Each line stops the former clock, whole: one sleep at a time, and no zombie."""
-    process = start()
-    first = now(process)
-    for step in range(20):
-        tell(process, first + 100 + step)
-    tell(process, first + 100_000)
-    sleeper(process)
-    wait_until(lambda: len(below(process)) == 3, "the script, its clock and one sleep")
-    past = first
-    while past < first + 200:  # the script's own time
-        past = tell(process, first + 100_000)
-    assert process.poll() is None
+def test_who_may_not_work_is_refused(world):
+    """And the host is told nothing."""
+    world.left = 0.0
+    with pytest.raises(BackendUnavailable, match="may not work"):
+        world.pulse.start()
+    assert (world.told, world.timer, world.pulse.beating) == ([], None, False)
 
 
-def test_no_limit_stops_the_clock(start):
-    """A worker that may work for ever again."""
-    process = start()
-    first = now(process)
-    tell(process, first + 100)
-    past = first
-    while past < first + 200:
-        past = tell(process, "no limit")
-    assert process.poll() is None
-    assert len(below(process)) == 1
+def test_it_ends_with_the_trust(world):
+    """There is nothing more to say: the host knows the moment."""
+    world.pulse.start()
+    world.left = -1.0
+    world.step()
+    assert (world.told, world.timer) == ([105_800], None)
 
 
-def test_the_end_of_stdin_ends_the_script_alone(start):
-    """A connection that closes in order: nothing is killed, nothing stays."""
-    process = start()
-    tell(process, now(process) + 100_000)
-    sleeper(process)
-    script = [each.pid for each in below(process)]
-    process.stdin.close()
-    process.wait(20)
-    assert process.stdout.read() == "parent lives 0\n"
-    wait_gone(*script)
+@pytest.mark.parametrize("failure", [OSError("closed"), RuntimeError("a bug")])
+def test_a_failure_ends_it(world, failure, caplog):
+    """A closed channel is nothing special; anything else is said, and taken for the end of the trust."""
+    world.pulse.start()
+    world.failure = failure
+    world.step()
+    assert world.timer is None
+    assert bool(caplog.records) == isinstance(failure, RuntimeError)
 
 
-def test_a_moment_that_has_passed_ends_the_parent_at_once(start):
-    """A worker that slept through it."""
-    process = start()
-    process.stdin.write(f"{now(process) - 100}\n")
-    process.stdin.flush()
-    process.wait(20)
-
-
-def test_a_sleep_that_somebody_kills_does_no_harm(start):
-    """A build may well say `pkill sleep`: the clock goes on, and still keeps its moment."""
-    process = start()
-    first = now(process)
-    tell(process, first + 300)
-    for _ in range(3):
-        victim = sleeper(process)
-        victim.kill()
-        wait_gone(victim.pid)
-    assert sleeper(process).pid != victim.pid
-    assert process.poll() is None
-    process.wait(20)
-
-
-@pytest.mark.parametrize("name", ["python3", "sh", "notsshd", "sshdx"])
-def test_another_parent_is_let_alone(start, name):
-    """Whatever is not an SSH server's: the script names it and ends."""
-    process = start(name)
-    process.stdin.close()
-    assert process.stdout.read() == f"{_MARK}{name}\nparent lives 0\n"
-
-
-@pytest.mark.parametrize("name", ["sshd-session", "sshd.pam", "dropbear"])
-def test_names_of_servers(start, name):
-    """OpenSSH since 9.8, Alpine's, Dropbear."""
-    process = start(name)
-    tell(process, now(process) + 10)
-    process.wait(20)
+def test_a_stop_is_the_last_of_it(world):
+    """Also the second one."""
+    world.pulse.start()
+    assert world.pulse.beating
+    world.pulse.stop()
+    world.pulse.stop()
+    assert world.timer.cancelled
+    assert not world.pulse.beating
