@@ -96,11 +96,12 @@ class Watchdog:
         self._entered = 0
         self._for_good = False
 
-    def begin(self) -> None:
+    def begin(self) -> "asyncio.Task[None]":
         """Begin to start it, if it does not run: it will be wanted soon."""
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
             self._starting.add_done_callback(self._forget_failure)
+        return self._starting
 
     async def start(self) -> None:
         """Return when it runs, for as long as the connection lasts, or cannot.
@@ -109,13 +110,13 @@ class Watchdog:
         dead.
         """
         self._for_good = True
-        await self._started()
+        await asyncio.shield(self.begin())
 
     async def enter(self) -> None:
         """Return when it runs, until `leave` was called as often, or cannot. Raises as `start`."""
         self._entered += 1
         try:
-            await self._started()
+            await asyncio.shield(self.begin())
         except BaseException:
             self.leave()
             raise
@@ -136,11 +137,6 @@ class Watchdog:
         script, self._script = self._script, None
         if script is not None:
             script.stop()
-
-    async def _started(self) -> None:
-        self.begin()
-        if self._starting is not None:
-            await asyncio.shield(self._starting)
 
     def _forget_failure(self, starting: "asyncio.Task[None]") -> None:
         if (starting.cancelled() or starting.exception()) and self._starting is starting:
