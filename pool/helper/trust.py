@@ -13,7 +13,7 @@ def _clock() -> float:
     """Seconds since the boot, also those in which the machine slept."""
     try:
         return time.clock_gettime(7)  # CLOCK_BOOTTIME, which Python 3.6 does not name
-    except OSError:
+    except (OSError, AttributeError):
         return time.monotonic()
 
 
