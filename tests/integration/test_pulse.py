@@ -75,7 +75,12 @@ def connections(server):
 
 def scripts(server):
     """Return the processes of all watchdogs: each has the script, and its clock."""
-    return [each for each in connections(server) if "pool-watchdog" in each.cmdline()]
+    found = []
+    for each in connections(server):
+        with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie: it has just ended
+            if "pool-watchdog" in each.cmdline():
+                found.append(each)
+    return found
 
 
 def watchdog_of(server):
