@@ -223,9 +223,10 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
             self._ended.set_result(exc)
 
     def write(self, data: bytes) -> None:
-        """Send *data* to the command's lifeline."""
+        """Send *data* to the command's lifeline, unless it has ended already: its exit code tells that."""
         if data:
-            self._channel.write(data)
+            with suppress(OSError):
+                self._channel.write(data)
 
     async def ended(self) -> int:
         """Return the exit code. Cancelled, kill the process group first.

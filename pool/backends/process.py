@@ -35,7 +35,8 @@ class PipedProcess:
         self._closing: asyncio.Future[None] | None = None
         self.closed: asyncio.Future[None] | None = None  # kept for whoever watches its channel
         self._draining = asyncio.create_task(self._drain())
-        process.stdin.write(command.setup)
+        with contextlib.suppress(OSError):  # it has ended already, which whoever talks to it gets to know
+            process.stdin.write(command.setup)
 
     @property
     def local_pid(self) -> int | None:

@@ -22,6 +22,8 @@ _LONGEST_LINE = 4096
 _MARK = "pool-watchdog:"
 """Before each line of the script, so that talk of the login shell does no harm."""
 
+_ENDED = "the script ended"
+
 # Each line of stdin: a moment of `now` in hundredths of seconds, or words for "no limit". Each answer: the present one.
 # `mine`: the parent is there, is a process of the SSH server's, not the first one of the machine, and may be signalled.
 # `clock` is ended by TERM at any point without leaving its `sleep` behind, not even as a zombie. That one gets KILL: a
@@ -181,13 +183,17 @@ class _Script(asyncssh.SSHClientSession[bytes]):
                 raise
             return f"the server refuses one more channel: {error.reason} (MaxSessions?)"
         self._channels = channels
-        if why := await self._answer:
+        why = await self._answer
+        if not why:
+            try:
+                self._pulse.start()  # no need to wait until the script has read it: the server handles it first
+            except OSError:  # it has ended since
+                why = _ENDED
+        if why:
             self.stop()
             if connection.is_closed():
                 raise asyncssh.ConnectionLost(why)
-            return why
-        self._pulse.start()  # no need to wait until the script has read it: the server handles it before what follows
-        return ""
+        return why
 
     def stop(self) -> None:
         """Beat no more, and have the script end without doing anything. Can be repeated."""
@@ -197,6 +203,8 @@ class _Script(asyncssh.SSHClientSession[bytes]):
             channel.close()
 
     def _tell(self, moment: int | None) -> None:
+        if self._channel is None:
+            raise BrokenPipeError(_ENDED)
         self._channel.write(b"no limit\n" if moment is None else b"%d\n" % moment)
 
     # -- called by asyncssh
@@ -225,7 +233,7 @@ class _Script(asyncssh.SSHClientSession[bytes]):
         stopped, self._channel = self._channel is None, None
         if self._channels is not None:
             self._channels.extra_closed()
-        self._answered(str(exc or "the script ended"))
+        self._answered(str(exc or _ENDED))
         beating = self._pulse.beating
         self._pulse.stop()
         if beating and not stopped:

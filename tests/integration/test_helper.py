@@ -200,7 +200,7 @@ def test_a_login_shell_that_ends_before_the_helper(tmp_path, how):
 
 
 class HastyServer(asyncssh.SSHServer):
-    """Ends every command at once, with *code*; the reply and the end arrive in one piece."""
+    """Ends every command at once; the reply and the end arrive in one piece."""
 
     def begin_auth(self, username):
         return False
@@ -210,50 +210,89 @@ class HastyServer(asyncssh.SSHServer):
 
 
 class HastySession(asyncssh.SSHServerSession):
+    said = {"pool-root:": "pool-root:/\n", "pool-watchdog": "pool-watchdog:100\n"}
+
     def connection_made(self, chan):
         self.chan = chan
 
     def exec_requested(self, command):
-        self.root = "pool-root:" in command
+        self.words = [words for mark, words in self.said.items() if mark in command]
         return True
 
     def session_started(self):
-        if self.root:
-            self.chan.write("pool-root:/\n")
-        self.chan.exit(0 if self.root else 127)
+        self.chan.write("".join(self.words))
+        self.chan.exit(0 if self.words else 127)
+
+
+async def use_hasty(use, **options):
+    """Await ``use(backend)`` with a backend at such a server, on its own event loop: nothing comes between the two."""
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    acceptor = await asyncssh.listen("127.0.0.1", 0, server_factory=HastyServer, server_host_keys=[key])
+    login = {"port": acceptor.get_port(), "username": "u", "insecure": True, "client_keys": []}
+    backend = RemoteFilesystemBackend("127.0.0.1", root_dir="/", **login, **options)
+    try:
+        await use(backend)
+    finally:
+        await backend.adestroy()
+        acceptor.close()
+        await acceptor.wait_closed()
 
 
 @pytest.mark.parametrize("mode", ["auto", "helper"])
-def test_a_channel_that_is_closed_as_soon_as_it_is_open(mode):
+def test_a_helper_that_ends_as_soon_as_its_channel_is_open(mode):
     """No python3, told in the same breath as the channel: the same as a little later."""
 
-    async def main():
-        key = asyncssh.generate_private_key("ssh-ed25519")
-        acceptor = await asyncssh.listen("127.0.0.1", 0, server_factory=HastyServer, server_host_keys=[key])
-        backend = RemoteFilesystemBackend(
-            "127.0.0.1",
-            port=acceptor.get_port(),
-            username="u",
-            insecure=True,
-            root_dir="/",
-            client_keys=[],
-            exec_mode=mode,
-        )
-        try:
-            if mode == "auto":
-                assert (await backend.aexec("true", check=False)).exit_code == 127
-                assert describe(backend) == "channel: its python3 did not begin: exit code 127"
-            else:
-                for _ in range(20):  # more than there are channels
-                    with pytest.raises(BackendUnavailable, match="exit code 127"):
-                        await backend.aexec("true")
-        finally:
-            await backend.adestroy()
-            acceptor.close()
-            await acceptor.wait_closed()
+    async def use(backend):
+        if mode == "auto":
+            assert (await backend.aexec("true", check=False)).exit_code == 127
+            assert describe(backend) == "channel: its python3 did not begin: exit code 127"
+        else:
+            for _ in range(20):  # more than there are channels
+                with pytest.raises(BackendUnavailable, match="exit code 127"):
+                    await backend.aexec("true")
 
     with no_leaks():
-        asyncio.run(main())
+        loop_thread().run(use_hasty(use, exec_mode=mode))
+
+
+@pytest.mark.parametrize("given", [{}, {"env": {"NAME": "value"}}, {"stdin": "words"}])
+def test_a_command_that_ends_as_soon_as_its_channel_is_open(given):
+    """What it would have read is dropped; how it ended is told, and its channel is free again."""
+
+    async def use(backend):
+        for _ in range(20):
+            assert (await backend.aexec("true", check=False, **given)).exit_code == 127
+
+    with no_leaks():
+        loop_thread().run(use_hasty(use, exec_mode="channel"))
+
+
+def test_a_process_that_ends_as_soon_as_its_channel_is_open():
+    """As an agent that cannot start."""
+
+    async def use(backend):
+        for _ in range(20):
+            process = await backend.astart(["true"], env={"NAME": "value"})
+            assert await process.receive() == b""
+            assert await process.last_words() == "it was cut off"
+            await process.close()
+            await process.closed
+
+    with no_leaks():
+        loop_thread().run(use_hasty(use))
+
+
+def test_a_watchdog_that_ends_as_soon_as_it_has_told_the_time(caplog):
+    """The host cannot have one: commands go without, and that is said once."""
+
+    async def use(backend):
+        backend.trust = lambda: 60.0
+        for _ in range(3):
+            assert (await backend.aexec("true", check=False)).exit_code == 127
+
+    with no_leaks():
+        loop_thread().run(use_hasty(use, exec_mode="channel"))
+    assert len([record for record in caplog.records if "the script ended" in record.message]) == 1
 
 
 # -- the helper that runs
