@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from pool.errors import BackendClosed, CommandFailed, CommandTimeout, ConfigError, FileMissing, PathEscapeError
-from tests.support.processes import wait_gone, wait_pid
+from tests.support.processes import has_pid, wait_gone, wait_pid
+from tests.support.waiting import PATIENCE
 
 
 def test_files(rig, run):
@@ -58,8 +59,12 @@ def test_timeout(shell, run):
     """The group is killed."""
 
     async def main():
-        with pytest.raises(CommandTimeout):
-            await shell.backend().aexec("echo $$ > pid; sleep 1000", timeout=1)
+        backend = shell.backend()
+        for seconds in PATIENCE:
+            with pytest.raises(CommandTimeout):
+                await backend.aexec("echo $$ > pid; sleep 1000", timeout=seconds)
+            if has_pid(shell.root / "pid"):
+                break
 
     run(main())
     wait_gone(wait_pid(shell.root / "pid"))

@@ -11,7 +11,7 @@ import pytest
 from pool.errors import CommandFailed, CommandTimeout, ConfigError, FileMissing, FileOperationFailed, PathEscapeError
 from pool.runtime import loop_thread
 from tests.conformance.conftest import CHANNELS
-from tests.support.processes import wait_gone
+from tests.support.processes import has_pid, wait_gone, wait_pid
 
 PATH = os.environ["PATH"]
 NASTY = 'it\'s "quoted" $HOME `id` \\n \\\\ %s %% \t;&|<>(){}*?[]~#! é ☃ 𝄞'
@@ -265,8 +265,8 @@ def test_a_timeout_and_a_cancel_end_a_command_that_has_much_to_read(shell, sh, r
         run(cancelled(after))
     with pytest.raises(CommandTimeout):
         sh.exec("echo $$ > pid; sleep 1000", stdin=big, timeout=1.5)
-    if (shell.root / "pid").exists():
-        wait_gone(int((shell.root / "pid").read_text()))
+    if has_pid(shell.root / "pid"):
+        wait_gone(wait_pid(shell.root / "pid"))
     assert sh.exec("cat", stdin="usable").stdout == "usable"
 
 

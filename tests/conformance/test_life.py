@@ -174,7 +174,7 @@ def test_a_resource_that_hangs_does_not_stop_the_others(rig, monkeypatch, caplog
             log.append("hangs")
             await asyncio.Event().wait()
 
-    backend.track_closeable(Plain(log, 1))
+    backend.track_closeable(AsyncAclose(log, 1))  # one that needs no thread, in so short a time
     backend.track_closeable(Hangs())
     with caplog.at_level(logging.CRITICAL, "pool.backends.base"):
         backend.destroy()

@@ -32,8 +32,10 @@ def test_another_encoding_may_be_asked_for(backend):
 
 def test_output_holds_both_streams_in_order_of_arrival(sh):
     """``output`` interleaves the streams as they came."""
-    result = sh.exec("for i in 1 2 3; do echo out $i; sleep 0.2; echo err $i >&2; sleep 0.2; done")
-    assert result.output == "out 1\nerr 1\nout 2\nerr 2\nout 3\nerr 3\n"
+    seen = "until [ -e {} ]; do sleep 0.02; done"  # before the next word
+    loop = f"echo out$i; {seen.format('out$i')}; echo err$i >&2; {seen.format('err$i')}"
+    result = sh.exec(f"for i in 1 2 3; do {loop}; done", on_output=lambda piece, _: sh.touch(piece.strip()))
+    assert result.output == "out1\nerr1\nout2\nerr2\nout3\nerr3\n"
 
 
 def test_much_output_keeps_head_and_tail(sh):
@@ -220,4 +222,5 @@ def test_a_shell_killed_by_a_signal_leaves_no_talk_of_ours(sh):
 
 def test_output_that_a_background_process_writes_later_is_waited_for(sh):
     """Exec ends when the output is closed, not when the shell exits."""
-    assert sh.exec("(sleep 0.5; echo late) & echo early").stdout == "early\nlate\n"
+    late = "while kill -0 $$ 2>/dev/null; do sleep 0.05; done; echo late"  # $$ is the shell's
+    assert sh.exec(f"({late}) & echo early").stdout == "early\nlate\n"

@@ -23,6 +23,8 @@ from tests.support.waiting import wait_until
 
 TERMS = Terms(ttl=0.4, heartbeat=0.1)
 SLOTS = 16384
+POLL = 0.01
+"""Seconds between two looks of somebody who waits."""
 
 
 class EmbeddedServer:
@@ -99,20 +101,28 @@ class DebianServer:
 
 def _free_port() -> int:
     while True:
-        with socket.socket() as probe:
+        with socket.socket() as probe, socket.socket() as above:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        if port < 50000:  # a cluster node also takes the port 10,000 above
+            port = int(probe.getsockname()[1])
+            try:
+                above.bind(("127.0.0.1", port + 10000))  # which a cluster node takes too
+            except (OSError, OverflowError):
+                continue
             return port
 
 
 class RealRig:
-    """One namespace of a real server."""
+    """One namespace of a real server.
+
+    The nodes' clock moves while somebody waits, and no faster than the server's: leases do not lapse because this
+    machine, or the restart of a server, is slow.
+    """
 
     fake = False
 
     def __init__(self, server: EmbeddedServer | DebianServer) -> None:
         self.server = server
+        self._now = 0.0
         self.namespace = f"test-{uuid.uuid4().hex}"
         self.admin = Redis.from_url(server.url)
         self.runner = asyncio.Runner()
@@ -127,7 +137,7 @@ class RealRig:
 
     def now(self) -> float:
         """Seconds on the clock of every node."""
-        return time.monotonic()
+        return self._now
 
     def close(self) -> None:
         self.runner.run(self.client.aclose())
@@ -135,7 +145,12 @@ class RealRig:
         self.admin.close()
 
     def until(self, condition, what: str):
-        return wait_until(condition, what)
+        def look():
+            result = condition()
+            self._now += POLL
+            return result
+
+        return wait_until(look, what, every=POLL)
 
     def _keys(self) -> list[bytes]:
         return sorted(self.admin.keys(f"{{{self.namespace}}}:*"))

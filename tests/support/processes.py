@@ -1,5 +1,6 @@
 """Looking at processes from outside."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,21 @@ def is_gone(pid: int) -> bool:
 def wait_gone(*pids: int, timeout: float = 20.0) -> None:
     """Return when all have ended."""
     wait_until(lambda: all(is_gone(pid) for pid in pids), f"processes {pids} are gone", timeout)
+
+
+def living_below(pid: int) -> list[str]:
+    """The names of all processes below this one that have not ended."""
+    names = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                names.append(process.name())
+    return names
+
+
+def has_pid(file: Path) -> bool:
+    """Whether a command has written its process id and a newline to *file*."""
+    return file.exists() and file.read_text().endswith("\n")
 
 
 def wait_pid(file: Path, timeout: float = 20.0) -> int:

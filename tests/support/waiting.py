@@ -4,6 +4,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+PATIENCE = (1.0, 8.0, 30.0)
+"""Seconds after which a test cuts something off: the next ones, if the machine was too slow to come to the point."""
+
 
 def wait_until(
     condition: Callable[[], T], what: str | Callable[[], str], timeout: float = 10.0, *, every: float = 0.01

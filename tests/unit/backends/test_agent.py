@@ -11,6 +11,7 @@ from pool.chats import Chat
 from pool.errors import BackendClosed, BackendUnavailable, ConfigError, TurnFailed, TurnTimeout
 from pool.runtime import loop_thread
 from tests.support.agents import AgentFarm, Aside
+from tests.support.fakes import Gate
 from tests.support.waiting import wait_until
 
 
@@ -206,12 +207,16 @@ def test_a_turn_that_ends_while_it_is_being_cancelled_ended_as_it_did(agent):
 
 def test_an_agent_whose_turn_has_ended_is_not_ended_for_a_request_that_hangs(farm, caplog):
     """The request to end it was late."""
+
+    class Late(Gate):
+        async def passed(self):
+            farm.prompts.open()
+            await asyncio.Event().wait()
+
     agent = connected(farm, cancel_timeout=0.1)
-    farm.cancels.shut()
+    farm.cancels = Late()
     turn = begun(agent)
     agent.cancel()
-    wait_until(lambda: farm.did("cancel"), "the agent is being asked")
-    farm.prompts.open()
     assert turn.result().stop_reason == "end_turn"
     assert not agent.abandoned
     assert agent.usable

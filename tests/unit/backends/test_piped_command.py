@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from pool.backends.shell import MARK, PipedCommand
+from pool.backends.shell import EOF_GRACE, KILL_GRACE, MARK, PipedCommand
 from pool.errors import FileOperationFailed, PathEscapeError
 from tests.support.processes import is_gone, wait_gone, wait_pid
 from tests.support.services import require_service
@@ -22,11 +22,17 @@ def shell(request):
 
 
 class Piped:
-    """A command under way; a context manager that kills what a failed test has left."""
+    """A command under way; a context manager that kills what a failed test has left.
 
-    def __init__(self, shell, argv, folders, env=None, login_shell="sh"):
+    *eof_grace*, *kill_grace*: other than its own. At first it has a minute to end by itself when its input has ended.
+    """
+
+    def __init__(self, shell, argv, folders, env=None, login_shell="sh", eof_grace=60, kill_grace=KILL_GRACE):
         self.command = PipedCommand(argv, [str(folder) for folder in folders], env or {}, "owner")
         self.line = self.command.line(login_shell)
+        for place, grace in ((f"sleep {EOF_GRACE}", eof_grace), (f"sleep {KILL_GRACE}", kill_grace)):
+            assert self.line.count(place) == 1
+            self.line = self.line.replace(place, f"sleep {grace}")
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             [*shell, "-c", self.line], stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
@@ -185,7 +191,7 @@ trap '' TERM HUP
 setsid sh -c "trap '' TERM; echo \\$\\$ > {tmp_path}/child; while :; do sleep 1; done" &
 echo $$ > {tmp_path}/main
 while :; do sleep 1; done"""
-    with Piped(shell, ["sh", "-c", script], [tmp_path]) as piped:
+    with Piped(shell, ["sh", "-c", script], [tmp_path], eof_grace=EOF_GRACE) as piped:
         pids = [wait_pid(tmp_path / name) for name in ("main", "child")]
         piped.end()
         wait_gone(*pids)
@@ -193,8 +199,10 @@ while :; do sleep 1; done"""
 
 def test_a_process_may_clean_up_when_its_input_ends(shell, tmp_path):
     """TERM comes after a moment, KILL after another."""
-    script = f"trap 'sleep 0.1; echo bye; touch {tmp_path}/cleaned; exit 5' TERM; while :; do sleep 0.01; done"
-    with Piped(shell, ["sh", "-c", script], [tmp_path]) as piped:
+    clean_up = f"sleep 0.1; echo bye; touch {tmp_path}/cleaned; exit 5"
+    script = f"trap '{clean_up}' TERM; echo ready; while :; do sleep 0.01; done"
+    with Piped(shell, ["sh", "-c", script], [tmp_path], eof_grace=EOF_GRACE, kill_grace=60) as piped:
+        assert piped.process.stdout.readline() == b"ready\n"
         assert piped.end() == b"bye\n"
         assert (tmp_path / "cleaned").exists()
         assert piped.exit_code == 5

@@ -10,7 +10,7 @@ import pytest
 from pool.helper import family, wire
 from pool.helper.bundle import bundle
 from tests.support.helper_program import Program
-from tests.support.processes import is_gone, wait_gone, wait_pid
+from tests.support.processes import is_gone, living_below, wait_gone, wait_pid
 from tests.support.waiting import wait_until
 
 TERMINATED, KILLED = 128 + signal.SIGTERM, 128 + signal.SIGKILL
@@ -59,7 +59,7 @@ def test_a_kill_ends_the_whole_family(program, name, tmp_path):
     assert program.wait(number).code in (0, TERMINATED, KILLED)
     assert is_gone(pid)
     assert is_gone(int(program.calls[number].out))
-    assert not psutil.Process(program.pid).children(recursive=True)
+    assert not living_below(program.pid)
     assert program.run("echo usable").out == b"usable\n"
 
 
@@ -80,14 +80,10 @@ def test_who_hears_a_term_may_tidy_up(patient, tmp_path):
     number = patient.exec(command, [str(tmp_path)])
     while len(patient.calls[number].out) < wire.WINDOW:
         patient.pump()
-    wait_until(lambda: "sleep" in [child.name() for child in below(patient)], "it has written all")
+    wait_until(lambda: "sleep" in living_below(patient.pid), "it has written all")
     patient.send(wire.KILL, number)
     assert patient.wait(number).code == 9
     assert (tmp_path / "tidy").read_text() == "tidy\n"
-
-
-def below(program):
-    return psutil.Process(program.pid).children(recursive=True)
 
 
 def two_with_daemons(program, folder, first=""):
@@ -251,7 +247,7 @@ def test_a_sweep_ends_what_a_killed_helper_ran(tmp_path, program):
     assert not any(map(is_gone, pids))
     program.send(wire.SWEEP, 0, wire.join(*told))
     program.ping()
-    assert all(map(is_gone, pids))
+    wait_gone(*pids)
 
 
 def leave(folder):
@@ -296,4 +292,4 @@ def test_a_sweep_finds_the_session_of_a_leader_that_has_gone(program, tmp_path):
     helper.__exit__(None, None, None)
     program.send(wire.SWEEP, 0, told)
     program.ping()
-    assert is_gone(pid)
+    wait_gone(pid)

@@ -12,7 +12,7 @@ import pytest
 from pool.helper import wire
 from pool.helper.bundle import bundle
 from tests.support.helper_program import Program
-from tests.support.processes import is_gone, wait_gone, wait_pid
+from tests.support.processes import is_gone, living_below, wait_gone, wait_pid
 from tests.support.waiting import wait_until
 
 
@@ -154,7 +154,7 @@ def test_a_command_that_closes_its_output_goes_on(program, tmp_path):
 
 def test_output_of_a_child_that_lives_longer_belongs_to_the_command(program):
     """The end is told when nobody writes any more, with the code of the first process."""
-    call = program.run("(sleep 0.2; echo late) & echo early; exit 4")
+    call = program.run("(while kill -0 $$ 2>/dev/null; do sleep 0.05; done; echo late) & echo early; exit 4")
     assert (bytes(call.out), call.code) == (b"early\nlate\n", 4)
 
 
@@ -221,7 +221,7 @@ def test_commands_leave_descriptors_to_the_rest(tmp_path):
     (tmp_path / "file").write_bytes(bytes(3 * wire.WINDOW))
     with Program(limit_files=64) as program:
         numbers = [program.exec("setsid sleep 1000 & wait") for _ in range(60)]
-        wait_until(lambda: len(sleepers(program)) > 10, "many run")
+        wait_until(lambda: living_below(program.pid).count("sleep") > 10, "many run")
         program.credit = False
         reads = [program.file("read", tmp_path / "file", tmp_path) for _ in range(4)]
         while any(len(program.calls[read].out) < wire.WINDOW for read in reads):
@@ -229,11 +229,7 @@ def test_commands_leave_descriptors_to_the_rest(tmp_path):
         for number in reversed(numbers):
             program.send(wire.KILL, number)
         assert {program.wait(number).code for number in numbers} <= {128 + signal.SIGTERM, 128 + signal.SIGKILL}
-        assert not sleepers(program)
-
-
-def sleepers(program):
-    return [child for child in psutil.Process(program.pid).children(recursive=True) if child.name() == "sleep"]
+        assert "sleep" not in living_below(program.pid)
 
 
 def test_a_command_that_waits_can_be_given_up(tmp_path):
@@ -312,4 +308,4 @@ def test_without_posix_spawn_it_forks(forking, tmp_path):
     forking.send(wire.KILL, number)
     assert forking.wait(number).code == 128 + signal.SIGTERM
     assert is_gone(int(forking.calls[number].out))
-    assert not psutil.Process(forking.pid).children()
+    assert not living_below(forking.pid)
