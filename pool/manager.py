@@ -91,7 +91,7 @@ class BackendPoolManager(Generic[B]):
         self._fork = fork_count()
         self._periodic_cleanup = enable_periodic_cleanup
         self._reaper: Any = None
-        self._preparing: set[asyncio.Task[None]] = set()
+        self._preparing: dict[Entry, asyncio.Task[None]] = {}
         self._quiet = threading.Condition(self._lock)  # notified when a pool that shuts down loses an entry
 
     # -- borrowing
@@ -170,9 +170,8 @@ class BackendPoolManager(Generic[B]):
     def _waiter(
         self, key: str | None, agent: str | None, override: dict[str, Any] | None, wake: Callable[[], Any]
     ) -> Waiter:
-        identity: Identity = ("", agent or DEFAULT_AGENT)
-        if key is not None:
-            identity = (key if key == SHARED else check_key(key), agent or DEFAULT_AGENT)
+        primary = "" if key is None else key if key == SHARED else check_key(key)
+        identity: Identity = (primary, agent or DEFAULT_AGENT)
         config = self._effective(identity, override)
         return Waiter(identity, config, override, wake, pooled=key is not None, group=self._group(identity))
 
@@ -242,11 +241,15 @@ class BackendPoolManager(Generic[B]):
             with self._lock:
                 yield monotonic(), effects
         finally:
-            self._carry_out(effects)
+            try:
+                self._carry_out(effects)
+            except BaseException:  # from a signal's handler, between any two steps: the loop, which gets none, goes on
+                loop_thread().loop.call_soon_threadsafe(self._carry_out, effects)
+                raise
 
     def _carry_out(self, effects: Effects) -> None:
-        for effect in effects:
-            if isinstance(effect, Connect):
+        while effects:
+            if isinstance(effect := effects[0], Connect):
                 loop_thread().spawn(self._prepare(effect.entry, effect.first_close))
             elif isinstance(effect, Close):
                 loop_thread().spawn(self._close(effect))
@@ -257,6 +260,7 @@ class BackendPoolManager(Generic[B]):
                     effect.waiter.wake()
                 except RuntimeError:  # its event loop is closed: nobody is there any more
                     self._abandon(effect.waiter)
+            del effects[0]
 
     def say_executed(self, kind: str, seconds: float, outcome: str) -> None:
         """A backend of this pool ran a command; for the observer."""
@@ -274,9 +278,9 @@ class BackendPoolManager(Generic[B]):
         error: PoolError | None = None
         backend: B | None = None
         check_failed = False
-        task = asyncio.current_task()
-        assert task is not None
-        self._preparing.add(task)
+        if (task := asyncio.current_task()) is None or entry in self._preparing or not entry.preparing:
+            return  # it was asked for twice: see `_deciding`
+        self._preparing[entry] = task
         try:
             if first_close:
                 await self._connector.make_way(first_close)
@@ -288,7 +292,7 @@ class BackendPoolManager(Generic[B]):
         except PoolError as caught:
             error = caught
         finally:
-            self._preparing.discard(task)
+            del self._preparing[entry]
             with self._deciding() as (now, effects):
                 if backend is not None:
                     self._life.connected(entry, backend, now, effects)
@@ -470,20 +474,18 @@ class BackendPoolManager(Generic[B]):
         """
         self._refuse_fork()
         loop_thread().refuse_here()
-        effects: Effects = []
-        with self._lock:
-            self._life.shutdown(monotonic(), effects)
-        self._carry_out(effects)
+        with self._deciding() as (now, effects):
+            self._life.shutdown(now, effects)
         self.stop_reaper()
         deadline = monotonic() + grace
         with self._lock:
             left = min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
-            self._quiet.wait_for(lambda: not self._in_use(), left)
+            self._quiet.wait_for(lambda: not any(entry.users for entry in self._life.live), left)
             effects = []
             rest = self._life.close_rest(monotonic(), effects)
         if busy := [entry for entry in rest if entry.users]:
             logger.warning("closing %d backends that are still in use after %g s", len(busy), grace)
-        loop_thread().loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._preparing])
+        loop_thread().loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._preparing.values()])
         self._carry_out(effects)
         with self._lock:
             self._quiet.wait_for(lambda: not self._life.groups.closing, self._life.config.close_timeout + 1)
@@ -491,9 +493,6 @@ class BackendPoolManager(Generic[B]):
     def dispose(self) -> None:
         """`destroy_all` without grace."""
         self.destroy_all(grace=0.0)
-
-    def _in_use(self) -> bool:
-        return any(entry.users for entry in self._life.live)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{n} {what}" for what, n in self._life.counts.items())

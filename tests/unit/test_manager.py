@@ -300,6 +300,42 @@ def test_an_exception_from_a_signal_gives_up_the_wait(phase, pools):
     assert farm.leaked == []
 
 
+def test_an_exception_from_a_signal_keeps_nothing_from_being_done(farm, pools, monkeypatch):
+    """It may come before the first connect is begun: the next one who asks gets its backend all the same."""
+    pool = pools()
+    carry_out = pool._carry_out
+
+    def interrupted(effects: Any) -> None:
+        monkeypatch.setattr(pool, "_carry_out", carry_out)
+        raise Interrupted
+
+    monkeypatch.setattr(pool, "_carry_out", interrupted)
+    with pytest.raises(Interrupted):
+        pool.acquire_backend("a")
+    with pool.backend("a") as backend:
+        assert backend.work() == "worked"
+    assert len(farm.made) == 1
+
+
+def test_an_exception_from_a_signal_has_nothing_done_twice(farm, pools, monkeypatch):
+    """It may come between a step and the note that it is done."""
+    pool = pools()
+    spawn = loop_thread().spawn
+
+    def interrupted(coroutine: Any) -> None:
+        monkeypatch.undo()
+        spawn(coroutine)
+        raise Interrupted
+
+    monkeypatch.setattr(loop_thread(), "spawn", interrupted)
+    with pytest.raises(Interrupted):
+        pool.acquire_backend("a")
+    wait_until(lambda: pool.get_stats().idle_backends == 1, "the backend is idle")
+    with pool.backend("a") as backend:
+        assert backend.work() == "worked"
+    assert len(farm.made) == 1
+
+
 def test_an_exception_from_a_signal_before_the_wait_leaves_no_waiter_behind(farm, pools, monkeypatch):
     """It may come as soon as the request is queued."""
     pool = pools()
