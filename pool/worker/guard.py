@@ -40,17 +40,18 @@ class Guard:
     async def _watch(self) -> None:
         while True:
             self._bell.clear()
+            looked = now()
             await self._clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._until_the_next_end()):
+                async with asyncio.timeout(self._until_the_next_end(looked)):
                     await self._bell.wait()
 
-    def _until_the_next_end(self) -> float | None:
-        """Seconds until trust, or the grace after it, ends; None: that is over, or never comes."""
+    def _until_the_next_end(self, looked: float) -> float | None:
+        """Seconds until trust, or the grace after it, ends, if that was not so when we *looked*; None: never."""
         trusted, grace = self.ownership.trusted_until, self.ownership.grace
         if trusted == FOREVER:
             return None
-        return next((end - now() for end in (trusted, trusted + grace) if end > now()), None)
+        return next((max(0.0, end - now()) for end in (trusted, trusted + grace) if end > looked), None)
 
     def _must_end(self, key: str, backend: Backend | None) -> bool:
         shard = shard_of(key, self.ownership.shards)

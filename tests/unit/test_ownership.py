@@ -145,6 +145,27 @@ def test_the_guard_acts_on_its_own_when_the_trust_ends(board, pool, guard):
     wait_until(lambda: pool.peek(MINE) is None, "the backend is closed")
 
 
+def test_the_guard_acts_though_the_trust_ended_while_it_closed_something_else(board, pool, guard, monkeypatch):
+    """What it found then was from before that moment."""
+    with pool.backend(MINE):
+        pass
+    expel, looks = pool.aexpel, []
+
+    async def slowly(match):
+        gone = await expel(match)
+        looks.append(now())
+        if len(looks) == 1:
+            board.trust(looks[0])
+            while now() == looks[0]:
+                pass
+        return gone
+
+    board.trust(now() + 60)
+    monkeypatch.setattr(pool, "aexpel", slowly)
+    guard.wake()
+    wait_until(lambda: pool.peek(MINE) is None, "the backend is closed")
+
+
 class Fenced(MemoryBackend):
     """As if its host ended what runs for a newer owner."""
 
