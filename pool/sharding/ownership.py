@@ -26,11 +26,13 @@ class Ownership:
     def __init__(self, shards: int, grace: float = 0.0) -> None:
         self.shards = shards
         self.grace = grace
-        memory = memoryview(mmap.mmap(-1, 8 * (2 * shards + 4)))
+        memory = memoryview(mmap.mmap(-1, 8 * (3 * shards + 4)))
         self._times = memory[:8].cast("d")  # trusted until
         self._rounds = memory[8:32].cast("Q")  # dropped so far, dropped and cleared away, process that clears
         self._epochs = memory[32 : 32 + 8 * shards].cast("Q")  # 0: not ours
-        self._suspended = memory[32 + 8 * shards :].cast("Q")  # epochs of shards that may be ours; 0: not, or surely
+        # Epochs of shards that may be ours; 0: not, or surely. Then how often each was suspended or dropped.
+        self._suspended = memory[32 + 8 * shards : 32 + 16 * shards].cast("Q")
+        self._losses = memory[32 + 16 * shards :].cast("Q")
 
     # -- asking
 
@@ -45,6 +47,10 @@ class Ownership:
     def epoch(self, shard: int) -> int:
         """The epoch under which *shard* is held: it grows with each new owner. 0: not held."""
         return self._epochs[shard]
+
+    def losses(self, shard: int) -> int:
+        """How often *shard* was suspended or dropped so far."""
+        return self._losses[shard]
 
     @property
     def count(self) -> int:
@@ -80,11 +86,13 @@ class Ownership:
         """No task of the shard may begin to work, until it is held again; see `may_go_on`."""
         self._suspended[shard] = self._epochs[shard] or self._suspended[shard]
         self._epochs[shard] = 0
+        self._losses[shard] += 1
         self._rounds[0] += 1
 
     def drop(self, shard: int) -> None:
         """No task of the shard may work any more."""
         self._epochs[shard] = self._suspended[shard] = 0
+        self._losses[shard] += 1
         self._rounds[0] += 1
 
     # -- the process that has the backends

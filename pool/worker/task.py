@@ -12,6 +12,7 @@ from pool.backends.base import Backend
 from pool.borrowing import Borrowed, Borrowing
 from pool.errors import (
     AcquireTimeout,
+    BackendClosed,
     BackendUnavailable,
     ConfigError,
     InvalidKey,
@@ -233,7 +234,13 @@ class PooledTask(Task):
         with self._extension.running.task(self, key):
             return self._run(args, kwargs)
 
+    def _losses(self) -> int:
+        """How often this node has lost the message's shard so far."""
+        shard = self._extension.router.shard_in(self.request.delivery_info)
+        return 0 if shard is None else self._extension.ownership.losses(shard)
+
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        losses = self._losses()
         try:
             return self.run(*args, **kwargs)
         except TaskCancelled as error:
@@ -241,7 +248,9 @@ class PooledTask(Task):
             raise Ignore from None
         except PoolError as error:
             # A node that shuts down at once, or has lost the shard, ends what runs: the messages go back unharmed.
-            if self._lost_its_place() or (isinstance(error, NotOwner) and error.epoch):
+            # It may own the shard again by now, when the end of what ran has taken longer.
+            ended = isinstance(error, BackendClosed | NotOwner) and self._losses() != losses
+            if ended or self._lost_its_place() or (isinstance(error, NotOwner) and error.epoch):
                 raise Reject(str(error), requeue=True) from None
             delay = self._retry_delay(error)
             if delay is None:

@@ -13,6 +13,7 @@ from pool.errors import (
     AcquireTimeout,
     BackendClosed,
     BackendUnavailable,
+    CommandFailed,
     ConfigError,
     InvalidKey,
     NotOwner,
@@ -347,6 +348,28 @@ def test_a_backend_is_given_back_if_the_shard_was_lost_meanwhile(app, monkeypatc
     with Message(task, "u1"), pytest.raises(NotOwner):
         task.acquire_backend()
     assert app.warm_pool.pool.get_stats().active_backends == 0
+
+
+@pytest.mark.parametrize("loss", ["suspend", "drop"])
+def test_a_shard_that_was_lost_meanwhile_and_is_owned_again_sends_the_message_back(app, loss):
+    """What ran for it was ended, and tells so when the node has the shard again; a command that failed has failed."""
+    ownership = app.warm_pool.ownership
+    shard = shard_of("u1", app.warm_pool.settings.shards)
+    way = {"routing_key": app.warm_pool.queue_for("u1")}
+    errors = iter([BackendClosed("closed"), NotOwner("not yours"), CommandFailed("exit code 1", 1, "")])
+
+    def body(self: Any) -> None:
+        getattr(ownership, loss)(shard)
+        ownership.hold(shard, 7)
+        raise next(errors)
+
+    task = make(app, body)
+    for _ in range(2):
+        with Message(task, "u1", delivery_info=way), pytest.raises(Reject) as caught:
+            task("u1")
+        assert caught.value.requeue
+    with Message(task, "u1", delivery_info=way), pytest.raises(CommandFailed):
+        task("u1")
 
 
 def test_a_backend_closed_by_a_stopping_node_sends_the_message_back(app):
