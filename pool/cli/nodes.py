@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from pool.config import Settings
 from pool.errors import ConfigError
@@ -234,6 +235,8 @@ def within(seconds: float, call: Callable[[], T], what: str, hint: str = "") -> 
     try:
         value, error = box.get(timeout=seconds)
     except queue.Empty:
+        value, error = None, TimeoutError()
+    if isinstance(error, TimeoutError | RedisTimeoutError):  # the call's own time may be over a moment before ours
         raise Problem(f"{what} did not answer within {seconds:g} s{hint}") from None
     if isinstance(error, OSError | OperationalError | RedisError):
         raise Problem(f"cannot reach {what}: {error}") from error
