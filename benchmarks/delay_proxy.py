@@ -33,6 +33,9 @@ class _Side(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        other = self.other
+        if other is not None and other._held and other._held[0][0] <= self._loop.time():
+            other._let_go()  # what came for us before we were there
         plug: socket.socket = transport.get_extra_info("socket")
         plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(high=_HIGH_WATER)
@@ -54,10 +57,12 @@ class _Side(asyncio.Protocol):
 
     def _let_go(self) -> None:
         now = self._loop.time()
+        target = self.other._transport if self.other is not None else None
+        if target is None:
+            return
         while self._held and self._held[0][0] <= now:
             data = self._held.popleft()[1]
-            target = self.other._transport if self.other is not None else None
-            if target is None or target.is_closing():
+            if target.is_closing():
                 continue
             if data is None:
                 target.close()

@@ -88,14 +88,14 @@ class Channels:
         """
         await self.take()
         try:
-            deadline = monotonic() + _REFUSED_PATIENCE
+            deadline: float | None = None
             while True:
                 try:
                     result = await _answered(connection, opening)
                 except asyncssh.ChannelOpenError as error:
                     if connection.is_closed():
                         raise
-                    if self._opened > self._lasting:
+                    if deadline is None or self._opened > self._lasting:
                         deadline = monotonic() + _REFUSED_PATIENCE
                     elif monotonic() > deadline and self.give_up is not None:
                         self.give_up()

@@ -8,6 +8,7 @@ a frozen worker, says nothing that is no longer true.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from time import monotonic
@@ -73,16 +74,19 @@ class Pulse:
         self._beating = asyncio.get_running_loop().call_later(pause, self._go_on)
 
     def _go_on(self) -> None:
-        """Beat while the process may work. Then what runs is ended by the host, when it was told to."""
+        """Beat while the process may work. Then what runs is ended by the host, when it was told to, or now."""
+        pause = None
         try:
             pause = self._beat()
         except OSError:  # the channel is closed
             return
         except Exception:
             logger.exception("asking how long this process may work failed: taken as not any more")
-            return
         if pause is not None:
             self._beat_later(pause)
+            return
+        with contextlib.suppress(Exception):  # a channel that is closed has ended it
+            self._tell(0)  # it may have been told of no limit so far
 
     def _beat(self) -> float | None:
         """Tell the host; return the seconds until the next time, None when the process may not work any more."""

@@ -112,6 +112,19 @@ def test_a_cancel_in_the_moment_a_refused_channel_may_be_asked_for_again(turns):
     asyncio.run(main())
 
 
+def test_a_server_that_takes_long_to_refuse_is_asked_again(monkeypatch):
+    """The time for which it may refuse begins with its first refusal."""
+    monkeypatch.setattr(module, "_REFUSED_PATIENCE", 0.01)
+    answers = iter([REFUSAL, None])
+
+    async def open_late():
+        await asyncio.sleep(0.05)
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    asyncio.run(Channels(8).granted(ALIVE, open_late))
+
+
 @pytest.mark.parametrize("lasting", [False, True])
 def test_a_server_that_refuses_although_nothing_can_end_is_an_error(lasting, monkeypatch):
     """Nothing is open, or only what lasts as long as the connection: waiting cannot help."""
