@@ -26,7 +26,7 @@ from benchmarks.harness import (
     ssh_server,
 )
 from benchmarks.throughput import Contestant
-from tests.support.celery_nodes import group_members
+from tests.support.processes import group_members
 
 BACKENDS = 10_000
 

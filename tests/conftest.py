@@ -3,12 +3,17 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.support.rabbitmq import RabbitServer, rabbitmq_binary
 from tests.support.services import require_service
 
 ALONE = {"test_agent_killed.py", "test_doctor.py", "test_leftovers.py"}
 """Files that end, or look for, what killed workers have left anywhere on this machine; acceptance tests do, too."""
+
+
+settings.register_profile("patient", deadline=None)  # how long an example takes is this machine's affair
+settings.load_profile("patient")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from pool.cli import pool
 from pool.sharding.hashing import shard_of
 from tests.support.celery_nodes import CHECKOUT, bare_environment, run_celery
-from tests.support.site import RESULT_TIMEOUT, Gate, wait_group_gone
+from tests.support.processes import wait_group_gone
+from tests.support.site import RESULT_TIMEOUT, Gate
 from tests.support.terminal import Terminal
 from tests.support.waiting import wait_until
 

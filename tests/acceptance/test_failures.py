@@ -8,7 +8,8 @@ from celery import states
 from pool import BackendUnavailable, CommandFailed, CommandTimeout, FileMissing, InvalidKey, PathEscapeError
 from pool.loopback_sshd import LoopbackSshd
 from tests.support.celery_nodes import WorkerNode
-from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site, wait_group_gone
+from tests.support.processes import wait_group_gone
+from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site
 from tests.support.waiting import wait_until
 
 

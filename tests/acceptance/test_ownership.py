@@ -8,9 +8,10 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from tests.support.celery_nodes import WorkerNode, group_members
+from tests.support.celery_nodes import WorkerNode
 from tests.support.cluster import QUICK, Cluster, build_hosts
 from tests.support.openssh import OpenSshd
+from tests.support.processes import group_members
 from tests.support.proxy import Proxy
 from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site
 from tests.support.waiting import wait_until

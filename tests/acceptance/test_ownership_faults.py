@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.celery_nodes import group_members
 from tests.support.cluster import QUICK, Cluster, build_hosts
 from tests.support.openssh import OpenSshd
+from tests.support.processes import group_members
 from tests.support.site import BROKERS
 from tests.support.waiting import wait_until
 

@@ -12,7 +12,8 @@ from celery import states
 
 from pool.loopback_sshd import LoopbackSshd
 from tests.support.celery_nodes import WorkerNode, process_gone
-from tests.support.site import BROKERS, RESULT_TIMEOUT, Gate, Producer, Site, connections, ssh_hosts, wait_group_gone
+from tests.support.processes import wait_group_gone
+from tests.support.site import BROKERS, RESULT_TIMEOUT, Gate, Producer, Site, connections, ssh_hosts
 from tests.support.waiting import wait_until
 
 Start = Callable[..., WorkerNode]

@@ -460,7 +460,12 @@ def test_terminals_are_limited_and_end_with_the_agent(rig):
     assert text.count("done") == 32
     assert text.count("32 terminals are open: release one first") == 8
     file = rig.root / "terminals"
-    pids = wait_until(lambda: len(lines := file.read_text().split()) == 32 and lines, "all have begun", 30)
+
+    def begun():
+        lines = file.read_text().split() if file.exists() else []
+        return len(lines) == 32 and lines
+
+    pids = wait_until(begun, "all have begun", 30)
     agent.destroy()
     wait_gone(*map(int, pids))
 

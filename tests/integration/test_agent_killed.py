@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -95,11 +95,11 @@ def test_what_outlives_worker_and_shell_is_swept(rig):
     kept = [process.pid for process in others] + [pid for pid in rig.started() if not is_gone(pid)]
     try:
         with child(rig, ["--slow-start", "1000", "--stubborn", *FORK_ALL]) as (worker, left):
-            shells = [
-                process
-                for process in psutil.Process(worker.pid).children(recursive=True)
-                if any("_pool_kill" in word for word in process.cmdline())
-            ]
+            shells = []
+            for process in psutil.Process(worker.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):  # a sleep of somebody's, or a zombie
+                    if any("_pool_kill" in word for word in process.cmdline()):
+                        shells.append(process)
             assert len(shells) == 3
             for process in [*shells, psutil.Process(worker.pid)]:
                 process.suspend()  # so that none sees the other die

@@ -151,14 +151,14 @@ def test_an_agent_without_a_shell_tool_is_told_so(client):
 
 
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])
-def test_slow_comes_word_by_word(client, path):
+def test_slow_comes_word_by_word(llm, client, path):
     """Spread over the time it was told."""
     began = time.monotonic()
     with client.stream("POST", path, json=body(path, "/slow 3 one two three")) as response:
-        arrived = [(word, time.monotonic() - began) for word in words(path, response)]
+        arrived = [(word, llm.requests[-1].state) for word in words(path, response)]
     assert [word for word, _ in arrived] == ["one ", "two ", "three"]
-    assert arrived[2][1] > 2.9
-    assert arrived[2][1] - arrived[0][1] > 1.0  # of 2, so that a busy machine may be a second late
+    assert arrived[0][1] == "open"
+    assert time.monotonic() - began > 2.9
 
 
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])
@@ -177,8 +177,7 @@ def test_a_client_that_stays_is_not_aborted(llm, client):
     say(client, CHAT, "alpha")
     say(client, CHAT, "/slow 0.1 one two")
     client.close()
-    time.sleep(0.1)
-    assert [request.state for request in llm.requests] == ["done", "done"]
+    wait_until(lambda: [request.state for request in llm.requests] == ["done", "done"], "both have ended")
 
 
 def test_a_hanging_answer_does_not_outlive_the_server():

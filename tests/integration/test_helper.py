@@ -23,11 +23,11 @@ from pool.loopback_sshd import LoopbackSshd
 from pool.runtime import loop_thread
 from tests.support.leaks import no_leaks
 from tests.support.openssh import OpenSshd, sshd_binary
-from tests.support.processes import is_gone, wait_gone, wait_pid
+from tests.support.processes import has_pid, is_gone, wait_gone, wait_pid
 from tests.support.rigs import Rig, login
 from tests.support.services import require_service
 from tests.support.ssh_servers import KINDS
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE, wait_until
 
 PYTHON = shutil.which("python3", path="/usr/bin:/bin:/usr/local/bin") or sys.executable
 
@@ -127,9 +127,10 @@ def test_a_host_that_cannot_run_a_helper(make, why, monkeypatch):
         assert (caught.value.reason, caught.value.retry_after) == ("setup", None)
         assert reason in str(caught.value)
         if script:
-            pids = [int(pid) for pid in starts.read_text().split()]
-            starts.unlink()
-            assert len(pids) == 2  # that of auto, and that of helper
+            pids = [int(pid) for pid in starts.read_text().split()] if starts.exists() else []
+            starts.unlink(missing_ok=True)
+            assert len(pids) <= 2  # that of auto, and that of helper
+            assert len(pids) == 2 or "within" in reason  # so short a time may end before the script has begun
             for each in (backend, strict):
                 each.destroy()
             wait_gone(*pids)
@@ -167,7 +168,7 @@ def test_a_helper_that_always_dies_after_its_start(make):
         for _ in range(3):
             with pytest.raises(BackendUnavailable, match="its helper ended: exit code 9"):
                 backend.exec("echo on")
-        assert len(deaths.read_text().split()) <= 4
+        assert len(deaths.read_text().split()) <= 6  # a use may begin one, and find that the next has died idle
         deaths.unlink()
 
 
@@ -415,13 +416,17 @@ def test_a_slow_reader_holds_nobody_up(rig):
 
 def test_a_slow_reader_of_a_command_that_is_cancelled(rig):
     """The command ends although its output was waiting."""
-    backend, go = rig.backend(exec_mode="helper"), threading.Event()
-    release = threading.Timer(3, go.set)
-    release.start()
-    with pytest.raises(CommandTimeout):
-        backend.exec("echo $$ > pid; yes", timeout=1, on_output=lambda *_: go.wait(60))
+    backend = rig.backend(exec_mode="helper")
+    for seconds in PATIENCE:
+        go = threading.Event()
+        release = threading.Timer(seconds + 2, go.set)
+        release.start()
+        with pytest.raises(CommandTimeout):
+            backend.exec("echo $$ > pid; yes", timeout=seconds, on_output=lambda *_, go=go: go.wait(60))
+        release.join()
+        if has_pid(rig.root / "pid"):
+            break
     wait_gone(wait_pid(rig.root / "pid"))
-    release.join()
     assert backend.exec("echo usable").stdout == "usable\n"
 
 

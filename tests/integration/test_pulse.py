@@ -61,6 +61,19 @@ def helped(server, tmp_path):
         yield rig
 
 
+class Ending:
+    """Trust that lasts until `end_in` is called: what has to be there before that has all the time it needs."""
+
+    def __init__(self):
+        self.end = None
+
+    def __call__(self):
+        return TRUST if self.end is None else self.end - time.monotonic()
+
+    def end_in(self, seconds):
+        self.end = time.monotonic() + seconds
+
+
 def trusted(rig, trust=lambda: TRUST, **config):
     """Return a backend as a pool with this trust makes it."""
     backend = rig.backend(**config)
@@ -262,42 +275,50 @@ def test_a_worker_that_is_cut_off_loses_its_commands(server, rig, tmp_path):
 
 def test_when_trust_ends_so_do_the_commands(rig):
     """Of a worker that lives and does nothing about it; a connect is refused then, and works when trust is back."""
-    end = [time.monotonic() + 1]
-    backend = trusted(rig, lambda: end[0] - time.monotonic())
-    with pytest.raises(BackendUnavailable) as lost:
-        backend.exec("echo $$ > pid; sleep 1000")
-    assert lost.value.reason == "lost"
-    wait_gone(wait_pid(rig.root / "pid"))
+    trust = Ending()
+    backend = trusted(rig, trust)
+    running = Running(backend, "echo $$ > pid; sleep 1000")
+    pid = wait_pid(rig.root / "pid")
+    trust.end_in(1)
+    running.join(ENDS)
+    assert isinstance(running.result, BackendUnavailable)
+    assert running.result.reason == "lost"
+    wait_gone(pid)
     with pytest.raises(BackendUnavailable, match="may not work") as refused:
         backend.exec("touch started")
     assert refused.value.retry_after is not None
     assert not (rig.root / "started").exists()
-    end[0] = time.monotonic() + 1000
+    trust.end_in(1000)
     assert backend.exec("echo again").stdout == "again\n"
 
 
 def test_what_is_fenced_outlives_the_trust_for_the_time_of_the_grace(server, helped):
     """The host ends it for a newer owner. It does not so end an agent: with one, the connection ends with the trust."""
-    end = time.monotonic() + TRUST
-    fenced, mixed = (trusted(helped, lambda: end - time.monotonic()) for _ in range(2))
+    trust = Ending()
+    fenced, mixed = (trusted(helped, trust) for _ in range(2))
     for backend in (fenced, mixed):
         backend.claim = lambda: Claim("acme", 5, 600.0)
         backend.exec("true")
     mixed.run_sync(mixed.start_process(["sleep", "1000"], Place(mixed.root, "."), {}))
+    trust.end_in(2)
     wait_until(lambda: not mixed.usable, "the host has ended the connection of the agent", ENDS)
-    assert time.monotonic() >= end - 0.1
+    assert time.monotonic() >= trust.end - 0.1
     assert fenced.exec("echo on").stdout == "on\n"
 
 
 def test_without_a_fence_there_is_no_grace(helped, caplog):
     """On a host that cannot keep one, nobody would end the commands for a newer owner."""
     (helped.root / ".pool").write_text("no folder")
-    end = time.monotonic() + TRUST
-    backend = trusted(helped, lambda: end - time.monotonic())
+    trust = Ending()
+    backend = trusted(helped, trust)
     backend.claim = lambda: Claim("acme", 5, 600.0)
-    with pytest.raises(BackendUnavailable, match="may go on"):
-        backend.exec("sleep 1000")
-    assert time.monotonic() >= end - 0.1
+    running = Running(backend, "echo $$ > pid; sleep 1000")
+    wait_pid(helped.root / "pid")
+    trust.end_in(2)
+    running.join(ENDS)
+    assert isinstance(running.result, BackendUnavailable)
+    assert "may go on" in str(running.result)
+    assert time.monotonic() >= trust.end - 0.1
     assert "older owners" in caplog.text
 
 
@@ -419,7 +440,7 @@ def test_a_host_whose_sessions_have_another_parent(tmp_path, caplog):
     ):
         backend = trusted(rig)
         assert backend.exec("echo in").stdout == "in\n"
-        assert not scripts(server)
+        wait_until(lambda: not scripts(server), "the script has ended")
     assert len([record for record in caplog.records if "'sh'" in record.message]) == 1
 
 
@@ -452,18 +473,23 @@ def test_a_helper_keeps_the_moment_on_any_server(tmp_path):
         LoopbackSshd(tmp_path / "sshd", home=tmp_path / "home") as server,
         Rig("ssh", tmp_path, server.info) as rig,
     ):
-        end = time.monotonic() + 1
-        with pytest.raises(BackendUnavailable, match="may go on"):
-            trusted(rig, lambda: end - time.monotonic()).exec("echo $$ > pid; sleep 1000")
-        assert time.monotonic() >= end - 0.1
-        wait_gone(wait_pid(rig.root / "pid"))
+        trust = Ending()
+        running = Running(trusted(rig, trust), "echo $$ > pid; sleep 1000")
+        pid = wait_pid(rig.root / "pid")
+        trust.end_in(1)
+        running.join(ENDS)
+        assert isinstance(running.result, BackendUnavailable)
+        assert "may go on" in str(running.result)
+        assert time.monotonic() >= trust.end - 0.1
+        wait_gone(pid)
 
 
 def test_a_pool_hands_its_trust_to_its_backends(rig):
     """Through the manager, as a worker uses it."""
-    end = time.monotonic() + 2
+    trust = Ending()
     with no_leaks():
-        pool = BackendPoolManager(rig.backend, trust=lambda: end - time.monotonic(), enable_periodic_cleanup=False)
+        pool = BackendPoolManager(rig.backend, trust=trust, enable_periodic_cleanup=False)
         with pool.backend("key") as backend, pytest.raises(BackendUnavailable):
+            trust.end_in(2)
             backend.exec("sleep 1000")
         pool.destroy_all()

@@ -141,7 +141,7 @@ class ProcessContainer(Container):
     def children(self) -> list[psutil.Process]:
         """Its live descendants and whoever else is left of its session."""
         self._note_children()
-        return [p for p in self.started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [p for p in self.started if _lives(p)]
 
     def _note_children(self) -> None:
         try:
@@ -160,11 +160,19 @@ class ProcessContainer(Container):
                 self.kill("SIGKILL")
                 self.process.wait(STOP_TIMEOUT)
         for left in self.children():
-            left.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
         super().teardown()
         text = self.log_file.read_text(errors="replace")
         found = [line for line in text.splitlines() if any(complaint in line for complaint in COMPLAINTS)]
         assert not found, f"{self.name} complained: {found}"
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 class CeleryContainer(ProcessContainer):
@@ -350,15 +358,3 @@ def process_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-def group_members(pgid: int) -> list[int]:
-    """The running processes of a process group."""
-
-    def belongs(process: psutil.Process) -> bool:
-        try:
-            return os.getpgid(process.pid) == pgid and process.status() != psutil.STATUS_ZOMBIE
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            return False
-
-    return [process.pid for process in psutil.process_iter() if belongs(process)]

@@ -9,10 +9,11 @@ from celery import states
 from redis.exceptions import RedisError
 
 from pool.sharding.hashing import shard_of
-from tests.support.celery_nodes import WorkerNode, group_members
+from tests.support.celery_nodes import WorkerNode
 from tests.support.ledger import Account, Build, Ledger, check
 from tests.support.load import Load
 from tests.support.openssh import OpenSshd
+from tests.support.processes import group_members
 from tests.support.site import Site
 from tests.support.waiting import wait_until
 

@@ -122,6 +122,7 @@ class RealRig:
 
     def __init__(self, server: EmbeddedServer | DebianServer) -> None:
         self.server = server
+        self.terms = TERMS
         self._now = 0.0
         self.namespace = f"test-{uuid.uuid4().hex}"
         self.admin = Redis.from_url(server.url)
@@ -130,7 +131,7 @@ class RealRig:
         self.client = make.from_url(server.url, decode_responses=True)
 
     def store(self, shards: int) -> RedisStore:
-        return RedisStore(self.client, self.namespace, shards, TERMS)
+        return RedisStore(self.client, self.namespace, shards, self.terms)
 
     def run(self, coroutine):
         return self.runner.run(coroutine)

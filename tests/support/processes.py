@@ -1,5 +1,6 @@
 """Looking at processes from outside."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +30,23 @@ def living_below(pid: int) -> list[str]:
             if process.status() != psutil.STATUS_ZOMBIE:
                 names.append(process.name())
     return names
+
+
+def group_members(pgid: int) -> list[int]:
+    """The running processes of a process group."""
+
+    def belongs(process: psutil.Process) -> bool:
+        try:
+            return os.getpgid(process.pid) == pgid and process.status() != psutil.STATUS_ZOMBIE
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return False
+
+    return [process.pid for process in psutil.process_iter() if belongs(process)]
+
+
+def wait_group_gone(pgid: int) -> None:
+    """Wait until no process of the group runs."""
+    wait_until(lambda: not group_members(pgid), f"process group {pgid} is gone", 30.0)
 
 
 def has_pid(file: Path) -> bool:

@@ -49,14 +49,18 @@ class Proxy:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                here, _ = self._listener.accept()
+                self._join(self._listener.accept()[0])
+
+    def _join(self, here: socket.socket) -> None:
+        with contextlib.ExitStack() as sides, contextlib.suppress(OSError):
+            sides.enter_context(here)
+            there = sides.enter_context(socket.create_connection(self._target))
+            with self._lock:
                 if self._cut.is_set():
-                    here.close()
-                    continue
-                there = socket.create_connection(self._target)
-                with self._lock:
-                    self._pairs.append((here, there))
-                threading.Thread(target=_pump, args=(here, there), daemon=True).start()
+                    return
+                self._pairs.append((here, there))
+            sides.pop_all()
+            threading.Thread(target=_pump, args=(here, there), daemon=True).start()
 
 
 def _pump(here: socket.socket, there: socket.socket) -> None:

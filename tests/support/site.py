@@ -29,7 +29,6 @@ from tests.support.celery_nodes import (
     ValkeyContainer,
     WorkerContainer,
     WorkerNode,
-    group_members,
 )
 from tests.support.rabbitmq import RabbitServer
 from tests.support.waiting import wait_until
@@ -223,11 +222,6 @@ class Gate:
 
     def open(self) -> None:
         (self.folder / "go").touch()
-
-
-def wait_group_gone(pgid: int) -> None:
-    """Wait until no process of the group runs."""
-    wait_until(lambda: not group_members(pgid), f"process group {pgid} is gone", 30.0)
 
 
 def connections(server_pid: int) -> int:

@@ -10,7 +10,8 @@ from celery import states
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
 
 from pool.sharding.hashing import key_hash, shard_of
-from tests.support.site import RESULT_TIMEOUT, Gate, Producer, wait_group_gone
+from tests.support.processes import wait_group_gone
+from tests.support.site import RESULT_TIMEOUT, Gate, Producer
 from tests.support.waiting import wait_until
 
 Ask = Callable[..., dict[str, Any]]

@@ -87,5 +87,6 @@ def _echo(listener, size):
     with connection:
         while size:
             data = connection.recv(1 << 16)
+            assert data, f"{size} bytes are missing"
             connection.sendall(data)
             size -= len(data)

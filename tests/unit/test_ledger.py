@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support.ledger import COMMAND, Build, Ledger, check, environment, read
+from tests.support.processes import wait_group_gone
 
 A, B = "one@x:10", "two@y:20"
 
@@ -113,6 +114,7 @@ def test_the_command_keeps_the_ledger(tmp_path):
     for process in running:
         subprocess.run(["kill", "-9", "--", f"-{process.pid}"], check=True)
         process.wait(10)
+        wait_group_gone(process.pid)  # with it the lock, which its sleep holds too
     assert run(ledger, B, "user-1", 0).wait(10) == 0
     first, second, *both, disturbing, last = ledger.builds()
     (long,) = (build for build in both if build.key == "user-1")  # either may have written first

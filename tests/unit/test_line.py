@@ -111,6 +111,7 @@ def test_a_reader_beside_a_writer_sees_whole_posts_only(board):
             n += 1
             board.post(bytes([n % 256]) * (1 + n % 5000))
 
+    board.post(b"\1")
     writer = threading.Thread(target=write)
     writer.start()
     seen = [board.read() for _ in range(3000)]

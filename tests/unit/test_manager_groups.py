@@ -1,5 +1,6 @@
 """`BackendPoolManager` with groups, and what a backend learns from its pool before it connects."""
 
+import asyncio
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -132,7 +133,7 @@ def test_ungrouped_backends_do_not_wait_for_a_groups_starts(farm, pools):
     light = threading.Thread(target=lambda: pool.acquire_backend("k", "light").release())
     light.start()
     wait_until(lambda: farm.books["light"].opening == 1, "the light one is in its open")
-    assert farm.books["heavy"].opening == 2
+    wait_until(lambda: farm.books["heavy"].opening == 2, "two heavy ones are in theirs")
     farm.connects.open()
     for thread in (*threads, light):
         thread.join(30)
@@ -167,12 +168,11 @@ def test_a_victim_of_another_group_is_gone_before_its_place_in_the_group_is_had(
 
 def test_exhausted_names_the_group(pools):
     """Which limit it was, and how full the group is."""
-    pool = pools(GroupLimit(1), acquire_timeout=0.05)
-    with (
-        pool.backend("a", agent="heavy"),
-        pytest.raises(PoolExhausted, match=r"group 'heavy' is at count=1 \(total 1, busy 1"),
-    ):
-        pool.acquire_backend("b", "heavy")
+    pool = pools(GroupLimit(1))
+    with pool.backend("a", agent="heavy"):
+        pool.configure(acquire_timeout=0.05)
+        with pytest.raises(PoolExhausted, match=r"group 'heavy' is at count=1 \(total 1, busy 1"):
+            pool.acquire_backend("b", "heavy")
 
 
 def test_stats_tell_of_each_group(pools):
@@ -217,13 +217,16 @@ def test_a_backend_may_take_longer_than_the_pools_connect_timeout(farm, pools):
     """Its own number counts, and stands in the error."""
 
     class Slow(FakeBackend):
-        open_timeout = 0.15
+        open_timeout = 60.0
+
+        async def open(self) -> None:
+            await asyncio.sleep(0.1)
+            await super().open()
 
     pool = pools(GroupLimit(1), factory=lambda **config: Slow(farm, config), connect_timeout=0.05)
-    farm.connects.shut()
-    threading.Timer(0.1, farm.connects.open).start()
     with pool.backend("a") as backend:
         assert backend.work() == "worked"
+    Slow.open_timeout = 0.15
     farm.connects.shut()
     with pytest.raises(BackendUnavailable, match=r"no connection within 0\.15 s"):
         pool.acquire_backend("b")

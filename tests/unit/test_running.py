@@ -11,9 +11,10 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, Time
 from pool import CommandFailed, MemoryBackend, TaskCancelled
 from pool.backends.output import TAP
 from pool.interrupt import check_interrupt
+from pool.runtime import loop_thread
 from pool.worker import progress, running
 from pool.worker.running import Running
-from pool.worker.time_limits import limits_of
+from pool.worker.time_limits import TimeLimits, limits_of
 from tests.support.waiting import wait_until
 
 
@@ -143,10 +144,13 @@ def test_no_progress_comes_after_the_end_of_a_task(monkeypatch):
     here, slow = Running(), task(progress=True)
     slow.backend.go.clear()
     ended = threading.Event()
+    wanted = here._progress.wanted
+    monkeypatch.setattr(here._progress, "wanted", lambda: None)  # by the run itself, when it has something to report
 
     def run():
         with here.task(slow, "u1") as run:
             run.feed("stdout", b"line\n", 0)
+            wanted()
             assert slow.backend.storing.wait(60)
         ended.set()
 
@@ -162,6 +166,7 @@ def test_no_progress_comes_after_the_end_of_a_task(monkeypatch):
     task_id, state, meta = slow.backend.stored[0]
     assert (task_id, state, meta["bytes"], meta["lines"], meta["key"]) == ("t1", "PROGRESS", 5, 1, "u1")
     other = task("t2", progress=True)
+    monkeypatch.setattr(here._progress, "wanted", wanted)
     with here.task(other, "u1"):
         assert other.backend.storing.wait(60)  # the reporter goes on, for those who run
     assert len(slow.backend.stored) == count
@@ -203,13 +208,18 @@ def test_a_run_that_exceeds_its_limit_is_interrupted(limits, error):
     backend.destroy()
 
 
-def test_a_run_that_ends_in_time_is_not(monkeypatch):
+def test_a_run_that_ends_in_time_is_not():
     """Its timers end with it, also those that had not been set yet."""
-    here = Running(limits=(0.2, 0.1))
-    runs = []
+    here = Running(limits=(600, 300))
+
+    async def timers():
+        handles = loop_thread().loop._scheduled
+        return [each for each in handles if isinstance(getattr(each._callback, "__self__", None), TimeLimits)]
+
     for n in range(20):
-        with here.task(task(f"t{n}"), "u1") as run:
-            runs.append(run)
-    with here.task(task("last", timelimit=[0.3, None]), "u1") as run:
-        wait_until(lambda: run.interrupt.is_set, "the time of all would be over")
-    assert not any(each.interrupt.is_set for each in runs)
+        with here.task(task(f"t{n}"), "u1"):
+            pass
+    with here.task(task("last"), "u1"):
+        going = [each for each in loop_thread().run(timers()) if not each.cancelled()]
+        assert sorted(each._callback.__name__ for each in going) == ["_hard", "_soft"]
+    assert all(each.cancelled() for each in loop_thread().run(timers()))

@@ -55,10 +55,10 @@ def test_the_calls_are_all_methods_that_there_are():
 @EACH
 def test_a_redis_that_is_not_there_is_unavailable_for_a_second(call):
     """So that the task is tried again."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    chats = RedisChats.from_url(f"redis://127.0.0.1:{port}/0", "pool", 64)
-    error = unavailable(chats, call)
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        chats = RedisChats.from_url(f"redis://127.0.0.1:{bound.getsockname()[1]}/0", "pool", 64)
+        error = unavailable(chats, call)
     assert error.retry_after == 1.0
     assert isinstance(error.__cause__, foreign.ConnectionError)
     chats.close()
