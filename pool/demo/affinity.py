@@ -78,13 +78,13 @@ class Affinity:
         """Start the nodes, do the work, watch the sweep."""
         for name in NODES:
             self.stage.start_node(name)
-        self.stage.start_beat()
-        with self.console.status("starting Valkey, an SSH server, two worker nodes and beat ..."):
+        with self.console.status("starting Valkey, an SSH server and two worker nodes ..."):
             self.stage.wait_for_nodes()
         self.console.print(
             f"2 nodes have shared out the shards; POOL_DATA_DIR={self.stage.shown_folder} lets another terminal look in"
         )
         self._work()
+        self.stage.start_beat()  # not before: on a slow machine a user is idle for long while the others begin
         for report in self.reports:
             report.connects = self.stage.sshd.logins.read_text().split().count(report.user)
         closed = self._close_chats()
@@ -142,7 +142,7 @@ class Affinity:
         """Wait until beat's sweeps have evicted every idle backend; return how many they were."""
 
         def evicted() -> int:
-            return sum(node["backend_pool"]["evicted_idle"] for node in self.stage.stats().values())
+            return sum(node["backend_pool"]["evicted_idle"] for node in self.stage.all_stats().values())
 
         text = f"{expected} backends are idle: beat sweeps those that nobody uses for {IDLE_TIMEOUT:g} s ..."
         with self.console.status(text):

@@ -58,7 +58,7 @@ class Conversations:
             self.stage.start_node(name)
         with self.console.status("starting Valkey, an SSH server, a fake LLM and two worker nodes ..."):
             self.stage.wait_for_nodes()
-            self.pids: dict[str, int] = {name: stats["pid"] for name, stats in self.stage.stats().items()}
+            self.pids: dict[str, int] = {name: stats["pid"] for name, stats in self.stage.all_stats().items()}
             self._cast()
         self._talk()
         self._evict()

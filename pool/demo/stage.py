@@ -107,6 +107,17 @@ class Stage:
         found = self.app.control.inspect(timeout=0.5, limit=len(self._nodes)).stats() or {}
         return {name.partition("@")[0]: stats for name, stats in found.items()}
 
+    def all_stats(self) -> dict[str, Any]:
+        """`stats`, when all nodes have answered."""
+        found: dict[str, Any] = {}
+
+        def answered() -> bool:
+            found.update(self.stats())
+            return len(found) == len(self._nodes)
+
+        until(answered, START_TIMEOUT, "all nodes answer")
+        return found
+
     def kill(self, name: str, pid: int) -> float:
         """Kill -9 the worker process *pid* of a node; return when that was (wall clock, seconds)."""
         at = time.time()

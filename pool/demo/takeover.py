@@ -109,17 +109,18 @@ class Takeover:
         with self.console.status("starting Valkey, an SSH server and three worker nodes ..."):
             self.stage.wait_for_nodes()
         with self.console.status("builds run; one of the nodes will be killed ..."):
-            pids = {name: stats["pid"] for name, stats in self.stage.stats().items()}
+            pids = {name: stats["pid"] for name, stats in self.stage.all_stats().items()}
             self._work_until(lambda: self._results_since(0.0) >= SOME, "every user has builds")
             self._work(random.uniform(0.0, 2.0))  # noqa: S311 - any moment
             homes = {user: self._places(user)[-1] for user in self.users}
             nodes = [node.partition("@")[0] for node, _ in homes.values()]
             self.killed = max(NODES, key=nodes.count)
             self.moved = {user for user, node in zip(homes, nodes, strict=True) if node == self.killed}
+            self._work_until(lambda: bool(self._running_there()), "a build runs there")
             self._read_ledger()
             self.killed_at = self.stage.kill(self.killed, pids[self.killed])
             self._look()
-            self.cut = [b for b in self._of_moved() if len(b.starts) > len(b.ends) and not b.done]
+            self.cut = self._running_there()
         self.console.print(
             f"kill -9 of {self.killed}, where {len(self.cut)} builds of {len(self.moved)} users were running"
         )
@@ -217,6 +218,9 @@ class Takeover:
 
     def _of_moved(self) -> list[Build]:
         return [build for build in self.builds.values() if build.user in self.moved]
+
+    def _running_there(self) -> list[Build]:
+        return [b for b in self._of_moved() if len(b.starts) > len(b.ends) and not b.done]
 
     def _first_ends(self) -> dict[str, float]:
         """Seconds from the kill to the first end of a build elsewhere, by user of the killed node."""

@@ -27,6 +27,8 @@ METADATA = {
     "entry_points.txt": "[celery.commands]\npool = pool.cli:pool\n",
 }
 CELERY = ["-A", "worker_config", "pool"]
+ASKING = ("status", "explain", "backends", "top", "cancel", "drain", "undrain", "sweep")
+"""Commands that wait for the answers of nodes: here for as long as a busy machine needs."""
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +69,12 @@ def terminal(site, environment, producer):
 
 @pytest.fixture
 def invoke(producer):
-    """Run a command in this process: the same but for Celery's start."""
+    """Run a command in this process: the same but for Celery's start. *timeout*: seconds for the nodes' answers."""
 
-    def invoke(*arguments, env=None):
+    def invoke(*arguments, env=None, timeout=20.0):
         context = CLIContext(producer.app, no_color=False, workdir=None)
-        found = CliRunner().invoke(pool, arguments, obj=context, env=env)
+        defaults = {name: {"timeout": timeout} for name in ASKING}
+        found = CliRunner().invoke(pool, arguments, obj=context, env=env, default_map=defaults)
         assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
         return found
 
@@ -82,8 +85,8 @@ def invoke(producer):
 def told(invoke):
     """Run a command with ``--json``; return the exit code and what it says."""
 
-    def told(*arguments):
-        found = invoke(arguments[0], "--json", *arguments[1:])
+    def told(*arguments, **options):
+        found = invoke(arguments[0], "--json", *arguments[1:], **options)
         return found.exit_code, json.loads(found.stdout)
 
     return told
@@ -115,7 +118,7 @@ def held_still(pid: int) -> Iterator[None]:
 
 def test_status_shows_everything_on_one_screen(settled, celery):
     """As a program, in a pipe: both nodes, all shards, exit code 0."""
-    found = celery("status")
+    found = celery("status", "--timeout", "20")
     assert found.returncode == 0, found.stderr
     assert "cli-a@" in found.stdout
     assert "64 shards, 64 owned." in found.stdout
@@ -125,7 +128,7 @@ def test_status_shows_everything_on_one_screen(settled, celery):
 
 def test_a_terminal_of_40_columns_without_colours_is_enough(settled, terminal):
     """Nothing is cut, nothing escapes."""
-    with terminal("status", columns=40, TERM="dumb") as screen:
+    with terminal("status", "--timeout", "20", columns=40, TERM="dumb") as screen:
         assert screen.end() == 0
     assert b"\x1b" not in screen.output
     assert all(len(line) <= 40 for line in screen.text.splitlines())
@@ -294,8 +297,11 @@ def test_a_drained_node_gives_its_shards_to_the_other_until_it_takes_part_again(
     code, answer = told("drain", "cli-b", "--wait")
     assert code == 0
     assert list(answer["shards"].values()) == [0]
-    _, overview = told("status")
-    assert [(node["state"], node["shards"]) for node in overview["nodes"]] == [("ok", 64), ("draining", 0)]
+    wait_until(  # the table, which `--wait` looks at, is ahead of the nodes by a heartbeat
+        lambda: [(n["state"], n["shards"]) for n in told("status")[1]["nodes"]] == [("ok", 64), ("draining", 0)],
+        "they serve what the table says",
+        RESULT_TIMEOUT,
+    )
     assert told("undrain", "cli-b")[0] == 0
     wait_until(
         lambda: [node["shards"] for node in told("status")[1]["nodes"]] == [32, 32],
@@ -324,15 +330,15 @@ def test_with_half_of_the_nodes_silent_everything_works_and_says_so(settled, tol
     name = told("status")[1]["nodes"][1]["node"]
     key = next(f"key-{n}" for n in range(99) if told("explain", f"key-{n}")[1]["owner"] == name)
     with held_still(silent.pid):
-        code, overview = told("status")
+        code, overview = told("status", timeout=2.0)
         assert (code, [node["state"] for node in overview["nodes"]]) == (1, ["ok", "no answer"])
         assert overview["nodes"][1]["shards"] == 32
-        text = invoke("status", env={"COLUMNS": "40"}).stdout
+        text = invoke("status", env={"COLUMNS": "40"}, timeout=2.0).stdout
         assert f"! {name} does not answer" in text.replace("\n", " ")
-        code, answer = told("explain", key)
+        code, answer = told("explain", key, timeout=2.0)
         assert (code, answer["owner"], answer["answers"]) == (1, name, False)
-        code, listed = told("backends")
+        code, listed = told("backends", timeout=2.0)
         assert (code, listed["no_answer"]) == (1, [name])
-        assert told("drain", "cli-b")[0] == 1
-        assert f"{name} does not answer" in invoke("cancel", "some-task").stderr
+        assert told("drain", "cli-b", timeout=2.0)[0] == 1
+        assert f"{name} does not answer" in invoke("cancel", "some-task", timeout=2.0).stderr
     wait_until(lambda: told("status")[0] == 0, "both answer again", RESULT_TIMEOUT)

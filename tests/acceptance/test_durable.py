@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from pool import follow
-from tests.support.celery_nodes import WorkerNode, group_members
+from tests.support.celery_nodes import WorkerNode
 from tests.support.cluster import QUICK, Cluster, build_hosts
 from tests.support.openssh import OpenSshd
-from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site, wait_group_gone
+from tests.support.processes import group_members, wait_group_gone
+from tests.support.site import RESULT_TIMEOUT, Gate, Producer, Site
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.openssh
@@ -30,6 +31,7 @@ def gate(host_folder: Path, key: str):
 
 def of(nodes: list[WorkerNode], producer: Producer, key: str) -> tuple[WorkerNode, WorkerNode]:
     """Return the node that works for the key, and the other."""
+    producer.wait_shared(nodes)
     name = producer.where(key)["node"]
     first, second = sorted(nodes, key=lambda node: node.hostname() != name)
     assert first.hostname() == name
@@ -113,9 +115,9 @@ def test_a_restart_of_redis(cluster: Cluster, producer: Producer, site: Site, ga
 
 def test_a_cancelled_build_is_gone(cluster: Cluster, producer: Producer, gate: Gate, key: str) -> None:
     """Durable against accidents, not against its user."""
-    cluster.start("one", env=QUICK)
+    [node] = cluster.start("one", env=QUICK)
     result = producer.build(key, gate.command, durable=True)
     group = gate.wait_started()
-    producer.app.control.broadcast("pool_cancel", arguments={"task_id": result.id}, reply=True, timeout=20.0, limit=1)
+    producer.command("pool_cancel", node, task_id=result.id)
     wait_group_gone(group)
     wait_until(lambda: result.state == "REVOKED", "it is told", RESULT_TIMEOUT)

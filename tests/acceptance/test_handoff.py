@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.celery_nodes import WorkerNode
 from tests.support.cluster import KEYS, Cluster, build_hosts
 from tests.support.ledger import Account
 from tests.support.openssh import OpenSshd
@@ -84,21 +83,11 @@ def test_a_drained_node_does_nothing_until_it_is_undrained(cluster: Cluster, pro
     one, two, three = cluster.start("one", "two", "three")
     with cluster.load() as load:
         cluster.wait_working(one, two, three)
-        command(producer, "pool_drain", one)
-        wait_until(lambda: shards(producer, one) == 0, "it has no shard", 30.0)
+        producer.command("pool_drain", one)
+        wait_until(lambda: producer.shards_of(one) == 0, "it has no shard", 30.0)
         drained = time.time_ns()
         cluster.wait_working(two, three)
         assert not [b for b in cluster.ledger.builds() if b.node == one.hostname() and b.began > drained]
-        command(producer, "pool_undrain", one)
+        producer.command("pool_undrain", one)
         cluster.wait_working(one, two, three)
         assert_in_order(cluster.settled(load))
-
-
-def command(producer: Producer, name: str, node: WorkerNode) -> None:
-    replies = producer.app.control.broadcast(name, destination=[node.hostname()], reply=True, timeout=20.0, limit=1)
-    assert "ok" in replies[0][node.hostname()]
-
-
-def shards(producer: Producer, node: WorkerNode) -> int:
-    replies = producer.app.control.inspect([node.hostname()], timeout=20.0, limit=1).stats()
-    return replies[node.hostname()]["backend_pool"]["shards"]

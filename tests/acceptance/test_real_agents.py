@@ -15,7 +15,6 @@ from pool.demo.llm import FakeLlm
 from pool.sessions import RedisChats
 from pool.sharding.hashing import shard_of
 from tests.support.celery_nodes import WorkerNode
-from tests.support.cluster import QUICK
 from tests.support.real_agents import codex_home, opencode_home
 from tests.support.site import RESULT_TIMEOUT, Producer, Site
 from tests.support.waiting import wait_until
@@ -136,7 +135,7 @@ def nodes(start: Callable[..., WorkerNode]) -> Callable[..., dict[str, WorkerNod
     """Start nodes side by side; return the ready ones by the name that results have."""
 
     def begin(*names: str, **env: str) -> dict[str, WorkerNode]:
-        started = [start(name, ready=False, env={**QUICK, **env}) for name in names]
+        started = [start(name, ready=False, env=env) for name in names]
         for node in started:
             node.ready()
         return {node.hostname(): node for node in started}
@@ -192,11 +191,11 @@ def test_another_node_continues_the_session_after_a_drain(nodes, talks, producer
     known = nodes("a", "b")
     owner = settled(producer, known, talks)
     for _ in range(ROUNDS):
-        command(producer, "pool_drain", known[owner])
-        wait_until(lambda: shards(producer, known[owner]) == 0, "it has no shard", HANDOFF_TIMEOUT)
+        producer.command("pool_drain", known[owner])
+        wait_until(lambda: producer.shards_of(known[owner]) == 0, "it has no shard", HANDOFF_TIMEOUT)
         for talk in talks:
             assert talk.goes_on()["node"] != owner
-        command(producer, "pool_undrain", known[owner])
+        producer.command("pool_undrain", known[owner])
         owner = settled(producer, known, talks)
 
 
@@ -226,11 +225,11 @@ def test_a_turn_that_was_cut_off_by_kill_minus_9_runs_again_in_its_session(
         talk.begin()
     for number in range(ROUNDS):
         for talk in talks:
-            wait_shared(producer, known)
+            producer.wait_shared(known.values())
             owner = talk.begin()["node"]
             cut = talk.send(f"!slow 3 a b c d e {number}")
             wait_until(lambda cut=cut: any(r.turn == cut.id for r in records.records(key)), "the turn runs")
-            wait_until(lambda cut=cut: cut.state == "STARTED", "the turn runs")
+            wait_until(lambda cut=cut: cut.state in {"STARTED", "PROGRESS"}, "the turn runs")
             killed = known.pop(owner)
             killed.kill("SIGKILL")
             killed.wait()
@@ -241,16 +240,11 @@ def test_a_turn_that_was_cut_off_by_kill_minus_9_runs_again_in_its_session(
 
 def settled(producer: Producer, known: dict[str, WorkerNode], talks: list[Talk]) -> str:
     """Have a turn when the nodes have shared the shards out, wherever the chat is now; return where that is."""
-    wait_shared(producer, known)
+    producer.wait_shared(known.values())
     for talk in talks:
         owner = talk.begin()["node"]
     assert owner in known
     return owner
-
-
-def wait_shared(producer: Producer, known: dict[str, WorkerNode]) -> None:
-    """Wait until both nodes have half of the shards."""
-    wait_until(lambda: all(shards(producer, node) == 32 for node in known.values()), "shards are shared out", 60.0)
 
 
 def runs(process: psutil.Process) -> bool:
@@ -258,13 +252,3 @@ def runs(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def command(producer: Producer, name: str, node: WorkerNode) -> None:
-    replies = producer.app.control.broadcast(name, destination=[node.hostname()], reply=True, timeout=20.0, limit=1)
-    assert "ok" in replies[0][node.hostname()]
-
-
-def shards(producer: Producer, node: WorkerNode) -> int:
-    replies = producer.app.control.inspect([node.hostname()], timeout=20.0, limit=1).stats()
-    return int(replies[node.hostname()]["backend_pool"]["shards"])

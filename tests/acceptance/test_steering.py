@@ -72,7 +72,8 @@ def test_a_build_that_waits_is_cancelled_before_it_starts(producer: Producer, as
     first = producer.build(key, gate.command)
     gate.wait_started()
     second = producer.build(key, "echo run >> runs")
-    wait_until(lambda: second.id in str(producer.app.control.inspect().reserved()), "the node has it", RESULT_TIMEOUT)
+    inspect = producer.app.control.inspect(timeout=20, limit=1)
+    wait_until(lambda: second.id in str(inspect.reserved()), "the node has it", RESULT_TIMEOUT)
     assert ask("pool_cancel", task_id=second.id)["found"] == "waiting"
     gate.open()
     assert first.get(timeout=RESULT_TIMEOUT)["exit_code"] == 0
@@ -94,8 +95,12 @@ def test_what_cannot_be_cancelled_says_so(producer: Producer, ask: Ask, key: str
 def test_a_long_build_tells_of_its_progress(producer: Producer, gate: Gate, key: str) -> None:
     """State PROGRESS with what it has written so far; its end is its own state."""
     result = producer.build(key, f"printf 'one\\ntwo\\n'; {gate.command}")
-    wait_until(lambda: result.state == "PROGRESS", "it tells of its progress", RESULT_TIMEOUT)
-    told = result.info
+
+    def progress():
+        told = result.info if result.state == "PROGRESS" else None
+        return told and told["lines"] == 2 and told  # it may have told of none before
+
+    told = wait_until(progress, "it tells of its progress", RESULT_TIMEOUT)
     assert (told["bytes"], told["lines"], told["key"]) == (8, 2, key)
     assert told["elapsed"] >= 1
     gate.open()

@@ -67,8 +67,9 @@ def test_solo_keeps_time_limits_too(start: Start, producer: Producer, gate: Gate
 
 def test_who_got_a_shard_from_whom(start: Start, producer: Producer, ask: Ask, key: str) -> None:
     """Handed over, and taken over from a node that died; only the owner has more to tell."""
-    start("first", env={"POOL_LEASE_TTL": "2", "POOL_LEASE_HEARTBEAT": "0.3"})
-    second = start("second", env={"POOL_LEASE_TTL": "2", "POOL_LEASE_HEARTBEAT": "0.3"})
+    env = {"POOL_LEASE_TTL": "6", "POOL_LEASE_HEARTBEAT": "0.3"}
+    start("first", env=env)
+    second = start("second", env=env)
     wait_until(lambda: {r["shards"] for r in ask("pool_stats", 2).values()} == {32}, "they share", RESULT_TIMEOUT)
     keys = [f"{key}-{n}" for n in range(20)]
     replies = {each: ask("pool_explain", 2, key=each) for each in keys}

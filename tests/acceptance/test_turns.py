@@ -116,13 +116,15 @@ def test_a_turn_that_ran_on_a_node_that_died_says_so(site, start, turn, key, rec
     assert (got["repeated"], got["stop_reason"]) == (True, "end_turn")
 
 
-def test_turns_of_a_chat_run_one_at_a_time_and_hold_no_thread(site, start, turn, turned, key, producer):
+def test_turns_of_a_chat_run_one_at_a_time_and_hold_no_thread(site, start, turn, turned, key, producer, records):
     """While one runs the others wait, other chats go on although there are few threads, and the order is kept."""
     start("a", env={"POOL_CONCURRENCY": "2"})
-    slow = turn(key, "/slow 2 first")
+    slow = turn(key, "/hang")
     waiting = [turn(key, f"number {n}") for n in range(6)]
     assert turned(f"{key}-other", "hi")["text"].startswith("turn 1")
-    assert slow.state != states.SUCCESS, "the other chat has waited for the slow turn"
+    assert slow.state != states.SUCCESS
+    wait_until(lambda: records.records(key) and records.records(key)[0].turn == slow.id, "the turn runs")
+    assert producer.app.tasks["pool.cancel_turn"](key)["cancelled"] == [slow.id]
     texts = [result.get(timeout=RESULT_TIMEOUT)["text"] for result in waiting]
     assert [text.split(";")[0] for text in texts] == [f"turn {n + 2}: number {n}" for n in range(6)]
 
@@ -227,14 +229,16 @@ def test_bad_turns_get_a_clear_error_and_the_chat_goes_on(site, start, turned, k
 
 
 @pytest.mark.parametrize("terminate", [False, True])
-def test_a_waiting_turn_can_be_revoked(terminate, start, turn, turned, key):
+def test_a_waiting_turn_can_be_revoked(terminate, start, turn, turned, key, producer, records):
     """As any task that has not begun."""
     node = start("a")
-    slow = turn(key, "/slow 2 words")
+    slow = turn(key, "/hang")
     waiting = turn(key, "never said")
     node.wait_for(f"[{waiting.id}] received")
-    waiting.revoke(terminate=terminate)
-    assert slow.get(timeout=RESULT_TIMEOUT)["stop_reason"] == "end_turn"
+    producer.app.control.revoke(waiting.id, terminate=terminate, reply=True, timeout=20.0, limit=1)
+    wait_until(lambda: records.records(key) and records.records(key)[0].turn == slow.id, "the turn runs")
+    assert producer.app.tasks["pool.cancel_turn"](key)["cancelled"] == [slow.id]
+    assert slow.get(timeout=RESULT_TIMEOUT)["stop_reason"] == "cancelled"
     with pytest.raises(TaskRevokedError):
         waiting.get(timeout=RESULT_TIMEOUT)
     assert "never said" not in turned(key, "what did I say?")["text"]

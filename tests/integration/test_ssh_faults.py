@@ -380,7 +380,7 @@ def test_max_startups_reached(tmp_path):
         assert hog.recv(100).startswith(b"SSH-2.0")
         for _ in range(3):
             with pytest.raises(BackendUnavailable) as caught:
-                rig.backend().exec("true")
+                rig.backend(connect_timeout=3.0).exec("true")
             assert caught.value.reason in {"lost", "unreachable", "timeout"}  # as the last try happens to end
             assert caught.value.retry_after is not None
 

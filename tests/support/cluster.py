@@ -78,12 +78,12 @@ class Cluster:
         wait_until(all_work, f"builds at {', '.join(hosts)}", timeout, every=0.1)
 
     def wait_busy(self, node: WorkerNode, timeout: float = 60.0) -> Build:
-        """Wait until a long build has begun at the node; return it. It has a second left at least."""
+        """Wait until a long build has begun at the node; return it. It has three seconds left at least."""
 
         def running() -> Build | None:
-            latest = time.time_ns() - int(1e9)  # when one of 2 s may have begun
+            latest = time.time_ns() - int(1e9)
             found = [b for b in self.ledger.builds() if b.node == node.hostname() and not b.ended and b.began > latest]
-            return next((b for b in reversed(found) if b.seconds >= 2.0 and group_members(b.group)), None)
+            return next((b for b in reversed(found) if b.seconds >= 4.0 and group_members(b.group)), None)
 
         return wait_until(running, f"a long build runs at {node.hostname()}", timeout, every=0.05)
 

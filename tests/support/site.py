@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,29 @@ class Producer(CeleryTestSetup):
     def built(self, key: str, cmd: str = "true", **kwargs: Any) -> dict[str, Any]:
         """Run a build to its end; return its result."""
         return self.build(key, cmd, **kwargs).get(timeout=RESULT_TIMEOUT)
+
+    def shards_of(self, node: WorkerNode) -> int:
+        """How many shards the node serves."""
+        with self.app.connection_for_write() as connection:  # none of the pool's, which would outlive the broker
+            ask = self.app.control.inspect([node.hostname()], timeout=20.0, limit=1, connection=connection)
+            return int(ask.stats()[node.hostname()]["backend_pool"]["shards"])
+
+    def wait_shared(self, nodes: Iterable[WorkerNode]) -> None:
+        """Wait until these have shared the shards out: no key moves any more."""
+        nodes = list(nodes)
+
+        def even() -> bool:
+            shares = [self.shards_of(node) for node in nodes]
+            return sum(shares) == self.shards and max(shares) - min(shares) <= 1
+
+        wait_until(even, "the shards are shared out", 60.0)
+
+    def command(self, name: str, node: WorkerNode, **arguments: Any) -> None:
+        """Have the node do what a control command says; it must agree."""
+        options = {"destination": [node.hostname()], "reply": True, "timeout": 20.0, "limit": 1}
+        with self.app.connection_for_write() as connection:
+            (reply,) = self.app.control.broadcast(name, arguments, connection=connection, **options)
+        assert "ok" in reply[node.hostname()]
 
     def where(self, key: str) -> dict[str, Any]:
         """Return who works for *key*: node, pid, queue, whether the backend was warm."""
