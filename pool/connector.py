@@ -47,9 +47,13 @@ class Connector(Generic[B]):
         self._watched: set[B] = set()  # backends that look after themselves
 
     async def make_way(self, victims: tuple[B, ...]) -> None:
-        """Close what must be gone before another may connect."""
-        for victim in victims:
-            await _to_the_end(self.destroy(victim))
+        """Close what must be gone before another may connect; all of it, also when that one is given up."""
+
+        async def close() -> None:
+            for victim in victims:
+                await self.destroy(victim)
+
+        await _to_the_end(close())
 
     async def ready(self, entry: Entry) -> B | None:
         """Return the entry's own backend if it is alive, else a new, connected one.

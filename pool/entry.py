@@ -59,6 +59,7 @@ class Entry:
         "displaced",
         "ending",
         "expires",
+        "gone",
         "group",
         "history",
         "identity",
@@ -99,6 +100,7 @@ class Entry:
         self.began = now  # when the present connect, or check, was asked for
         self.born = now  # when it was connected
         self.ending = ""  # why it is retired
+        self.gone = False  # its place was given back
         self.max_users: int | None = None
         self.waiters: list[Waiter] = []  # of a pool's idle backends nearly all: an empty deque takes 0.8 KB
         self.expires = float("inf")

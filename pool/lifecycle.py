@@ -372,9 +372,11 @@ class Lifecycle:
             effects.append(Close(entry, entry.backend))
 
     def gone(self, entry: Entry, now: float, effects: Effects) -> None:
-        """The backend of a closed entry is really gone: its place is free."""
-        self.groups.count_closing(entry.group, -1)
-        self._fill_room(now, effects)
+        """The backend of a closed entry is really gone: its place is free. Told twice, it counts once."""
+        if not entry.gone:
+            entry.gone = True
+            self.groups.count_closing(entry.group, -1)
+            self._fill_room(now, effects)
 
     def due(self, now: float) -> list[Entry]:
         """Idle entries past their idle timeout, and those over the cap, in the order of their release.

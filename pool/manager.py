@@ -22,7 +22,7 @@ from pool.interrupt import check_interrupt, interruptible
 from pool.keys import SHARED, check_key, shown
 from pool.lifecycle import Lifecycle
 from pool.observer import Observer
-from pool.runtime import fork_count, loop_thread
+from pool.runtime import Call, fork_count, loop_thread
 from pool.snapshot import BackendInfo, idle_keys_of, infos_of, stats_of, step_of
 from pool.stats import PoolStats
 
@@ -250,9 +250,9 @@ class BackendPoolManager(Generic[B]):
     def _carry_out(self, effects: Effects) -> None:
         while effects:
             if isinstance(effect := effects[0], Connect):
-                loop_thread().spawn(self._prepare(effect.entry, effect.first_close))
+                loop_thread().spawn_apart(self._prepare(effect.entry, effect.first_close))
             elif isinstance(effect, Close):
-                loop_thread().spawn(self._close(effect))
+                loop_thread().spawn_apart(self._close(effect))
             elif isinstance(effect, Tell):
                 self._say(self.observer.step, step_of(effect))
             else:
@@ -383,8 +383,8 @@ class BackendPoolManager(Generic[B]):
         if self._connector.watches:
             loop_thread().run(self._connector.tick_health())
         evicted, effects = self._decide_sweep(now)
-        if effects:  # else there is nothing to leave this thread for
-            loop_thread().run(self._carry_out_and_wait(effects))
+        if closing := self._carry_out_all(effects):  # else there is nothing to leave this thread for
+            loop_thread().run(self._gone(closing))
         return evicted
 
     async def asweep(self, now: float | None = None) -> list[Identity]:
@@ -392,7 +392,7 @@ class BackendPoolManager(Generic[B]):
         self._refuse_fork()
         await loop_thread().arun(self._connector.tick_health())
         evicted, effects = self._decide_sweep(now)
-        await self._carry_out_and_wait(effects)
+        await self._gone(self._carry_out_all(effects))
         return evicted
 
     def _decide_sweep(self, now: float | None) -> tuple[list[Identity], Effects]:
@@ -400,11 +400,13 @@ class BackendPoolManager(Generic[B]):
         with self._lock:
             return self._life.sweep(monotonic() if now is None else now, effects), effects
 
-    async def _carry_out_and_wait(self, effects: Effects) -> None:
-        """Carry out; return when everything that had to be closed is gone."""
-        closes = [effect for effect in effects if isinstance(effect, Close)]
+    def _carry_out_all(self, effects: Effects) -> list[Call[None]]:
+        """Carry out; return what is being closed, for `_gone`. Whoever waits for that may be interrupted."""
+        closing = [loop_thread().spawn_apart(self._close(each)) for each in effects if isinstance(each, Close)]
         self._carry_out([effect for effect in effects if not isinstance(effect, Close)])
-        calls = [loop_thread().spawn(self._close(close)) for close in closes]
+        return closing
+
+    async def _gone(self, calls: list[Call[None]]) -> None:
         # Shielded: a caller that is cancelled stops waiting; what has left the pool is closed all the same.
         await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(call.future)) for call in calls))
 
@@ -422,7 +424,7 @@ class BackendPoolManager(Generic[B]):
         effects: Effects = []
         with self._lock:
             closed, retired = self._life.close_key(primary, monotonic(), effects)
-        await self._carry_out_and_wait(effects)
+        await self._gone(self._carry_out_all(effects))
         return {"closed": [agent for _, agent in closed], "retired": [agent for _, agent in retired]}
 
     async def aexpel(self, match: Callable[[str, B | None], bool]) -> list[Identity]:
@@ -434,7 +436,10 @@ class BackendPoolManager(Generic[B]):
         effects: Effects = []
         with self._lock:
             gone = self._life.expel(lambda key, backend: key != SHARED and match(key, backend), monotonic(), effects)
-        await self._carry_out_and_wait(effects)
+        given_up = [task for entry, task in self._preparing.items() if entry.state == "closed" and task.cancel()]
+        await self._gone(self._carry_out_all(effects))
+        if given_up:
+            await asyncio.wait(given_up)
         return gone
 
     def idle_keys(self, idle_for: float) -> list[str]:
@@ -448,7 +453,7 @@ class BackendPoolManager(Generic[B]):
         self._refuse_fork()
         with self._lock:
             if self._reaper is None and not self._life.shut:
-                self._reaper = loop_thread().spawn(self._reap())
+                self._reaper = loop_thread().spawn_apart(self._reap())
 
     def stop_reaper(self) -> None:
         """Stop sweeping, until `start_reaper` is called."""

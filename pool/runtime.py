@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Coroutine
+from contextvars import Context
 from typing import Any, Generic, TypeVar
 
 from pool.errors import PoolError
@@ -74,6 +75,10 @@ class LoopThread:
         call = Call(self, coroutine)
         call.begin()
         return call
+
+    def spawn_apart(self, coroutine: Coroutine[Any, Any, T]) -> "Call[T]":
+        """`spawn` of what is nobody's: apart from the interrupt and the output of the task that happens to begin it."""
+        return Context().run(self.spawn, coroutine)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run the coroutine on the loop and wait for its result.

@@ -19,7 +19,9 @@ import psutil
 import pytest
 
 import pool as package
-from pool import SHARED, BackendPoolManager, MemoryBackend, PoolConfig, PoolStats
+from pool import SHARED, BackendPoolManager, MemoryBackend, PoolConfig, PoolStats, interrupt
+from pool.backends.output import TAP
+from pool.connector import Connector
 from pool.errors import (
     AcquireTimeout,
     BackendClosed,
@@ -300,6 +302,111 @@ def test_an_exception_from_a_signal_gives_up_the_wait(phase, pools):
     wait_until(lambda: pool.get_stats().idle_backends == 1, "the backend is idle")
     pool.dispose()
     assert farm.leaked == []
+
+
+def test_what_a_task_causes_is_apart_from_it(pools):
+    """Its interrupt and its output are its own: a connect, a close and the reaper serve others, and live longer."""
+    seen = []
+
+    class Seen(FakeBackend):
+        async def open(self) -> None:
+            seen.append((interrupt._CURRENT.get(), TAP.get()))
+            await super().open()
+
+        async def close(self) -> None:
+            seen.append((interrupt._CURRENT.get(), TAP.get()))
+            await super().close()
+
+    farm = Farm()
+    pool = pools(lambda **config: Seen(farm, config), idle_timeout=0.01, cleanup_interval=0.01)
+    token = TAP.set(lambda *_: None)
+    try:
+        with interrupt.Interrupt():
+            pool.acquire_backend("a").release()
+            pool.start_reaper()
+    finally:
+        TAP.reset(token)
+    wait_until(lambda: len(seen) == 2, "the reaper has evicted it")
+    assert seen == [(None, None)] * 2
+
+
+def test_a_sweep_that_is_interrupted_has_swept(farm, pools):
+    """What it has decided is done, though nobody waits for it."""
+    pool = pools(idle_timeout=10.0)
+    pool.acquire_backend("a").release()
+    with interrupt.Interrupt() as stop:
+        stop.set(Interrupted())
+        with pytest.raises(Interrupted):
+            pool.sweep(monotonic() + 60)
+    wait_until(lambda: pool.get_stats().total_backends == 0, "its place is free")
+    assert farm.leaked == []
+
+
+def test_what_is_expelled_while_it_connects_is_gone(farm, pools):
+    """Nothing of it works beside the next owner."""
+    pool = pools()
+    farm.connects.shut()
+    errors = []
+
+    def ask() -> None:
+        try:
+            pool.acquire_backend("a")
+        except BackendClosed as error:
+            errors.append(error)
+
+    thread = in_thread(ask)
+    farm.wait_for_connects(1)
+    assert loop_thread().run(pool.aexpel(lambda *_: True)) == [("a", DEFAULT_AGENT)]
+    assert farm.leaked == []
+    thread.join()
+    assert len(errors) == 1
+    wait_until(lambda: pool.get_stats().total_backends == 0, "its place is free")
+
+
+def test_all_that_makes_way_is_closed_though_the_connect_is_given_up(farm):
+    """They are in the pool no more: nobody else would."""
+    victims = tuple(farm() for _ in range(2))
+
+    async def main() -> None:
+        for victim in victims:
+            await victim.connect()
+        connector: Connector[Any] = Connector(farm, PoolConfig)
+        farm.closes.shut()
+        making = asyncio.create_task(connector.make_way(victims))
+        while not victims[0].close_calls:
+            await asyncio.sleep(0.001)
+        making.cancel()
+        farm.closes.open()
+        with pytest.raises(asyncio.CancelledError):
+            await making
+
+    asyncio.run(main())
+    assert farm.leaked == []
+
+
+def test_an_exception_from_a_signal_has_a_close_counted_once(farm, pools, monkeypatch):
+    """It comes between the step and the note that it is done."""
+    pool = pools(max_backends=2)
+    borrowed = pool.acquire_backend(None)
+    spawn, destroy, closed = loop_thread().spawn, pool._connector.destroy, []
+
+    async def counted(backend: Any) -> None:
+        await destroy(backend)
+        closed.append(backend)
+
+    monkeypatch.setattr(pool._connector, "destroy", counted)
+
+    def interrupted(coroutine: Any) -> None:
+        monkeypatch.setattr(loop_thread(), "spawn", spawn)
+        spawn(coroutine)
+        raise Interrupted
+
+    monkeypatch.setattr(loop_thread(), "spawn", interrupted)
+    with pytest.raises(Interrupted):
+        borrowed.release()
+    wait_until(lambda: len(closed) == 2, "it was closed twice")
+    loop_thread().run(asyncio.sleep(0))
+    assert pool._life.groups.closing == 0
 
 
 def test_an_exception_from_a_signal_keeps_nothing_from_being_done(farm, pools, monkeypatch):
