@@ -44,8 +44,12 @@ def _claim(root: bytes, folder: int, epoch: int) -> None:
     claimed = int(durable.read(folder, b"epoch") or 0)
     if epoch < claimed:
         raise Stale(claimed)
+    failed = None
     if epoch > claimed:
-        durable.write(folder, b"epoch", b"%d" % epoch)
+        try:
+            durable.write(folder, b"epoch", b"%d" % epoch)
+        except OSError as error:  # no room: what older ones run is ended all the same
+            failed = error
     for name in os.listdir(folder):
         if not name.startswith("helper."):
             continue
@@ -58,6 +62,8 @@ def _claim(root: bytes, folder: int, epoch: int) -> None:
             lives = False
         if not lives:
             os.unlink(name, dir_fd=folder)
+    if failed is not None:
+        raise failed
     me = family.look(os.getpid())
     text = b"%d %d %s %d" % (os.getpid(), me.start if me else 0, durable.boot(), epoch)
     durable.write(folder, b"helper.%d" % os.getpid(), text)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from redis.exceptions import RedisError
 
-from pool.errors import ConfigError, PoolError
+from pool.errors import ConfigError
 from pool.sharding.handoff import (
     Abandon,
     Beat,
@@ -105,6 +105,7 @@ class Coordinator:
         self._talking: asyncio.Task[None] | None = None
         self._listener: asyncio.Task[None]
         self._told_outage = False
+        self._namesake = ""  # what the store told last of another member of our name
         self.tell: Callable[[ShardStep], object] = lambda _: None
         """Called with each step, on the loop; must not block."""
         self.renewed: float | None = None
@@ -207,7 +208,9 @@ class Coordinator:
         self._carry_out(self.machine.answered(request, answer, now()))
         self.ownership.trust(self.machine.trusted_until)
         self.renewed = now()
-        if answer.verdict in ("name", "shards"):
+        # A member of our name may be our former life, which ends by itself while another takes part again and again.
+        before, self._namesake = self._namesake, answer.detail if answer.verdict == "name" else ""
+        if answer.verdict == "shards" or (answer.verdict == "name" and before not in ("", answer.detail)):
             self.worker.refuse(self._refusal(answer))
 
     async def _listen(self) -> None:
@@ -225,7 +228,7 @@ class Coordinator:
         """Have the machine know who has messages at the broker, for the case that the table has forgotten them."""
         while True:
             await asyncio.sleep(self.machine.terms.ttl)
-            with contextlib.suppress(RedisError, OSError):
+            with contextlib.suppress(Exception):  # it can be asked again
                 self.machine.registered(await self.worker.claimants())
 
     # -- instructions
@@ -280,7 +283,7 @@ class Coordinator:
             try:
                 await self.worker.restore(dead)
                 break
-            except (RedisError, OSError, PoolError) as error:
+            except Exception as error:
                 logger.warning("the messages of %s are not restored yet: %s", ", ".join(dead), error)
                 await asyncio.sleep(RETRY)
         self.machine.bury(dead)
@@ -293,8 +296,18 @@ class Coordinator:
             came = [tenancy for tenancy in tenancies if tenancy.source == source]
             self._tell(_ARRIVALS[source.how], came, now() - min(t.born for t in came), source=source.node)
 
+    async def _cancel(self, tenancies: list[Tenancy]) -> None:
+        """Give back what has not started; again, should that fail, as long as these are what we have of the shards."""
+        while here := [tenancy for tenancy in tenancies if self.machine.tenancies.get(tenancy.shard) is tenancy]:
+            try:
+                await self.worker.cancel([tenancy.shard for tenancy in here])
+                return
+            except Exception:
+                logger.exception("giving back %s failed", _named(here))
+                await asyncio.sleep(RETRY)
+
     async def _stop(self, tenancies: list[Tenancy]) -> None:
-        await self.worker.cancel([tenancy.shard for tenancy in tenancies])
+        await self._cancel(tenancies)
         self._happened("stopped", tenancies)
 
     async def _close(self, tenancies: list[Tenancy]) -> None:
@@ -322,8 +335,7 @@ class Coordinator:
 
     async def _abandon(self, tenancies: list[Tenancy]) -> None:
         logger.warning("lost the leases of %s: ending what runs under them", _named(tenancies))
-        shards = [tenancy.shard for tenancy in tenancies]
-        await asyncio.gather(self.worker.clear(), self.worker.cancel(shards))
+        await asyncio.gather(self.worker.clear(), self._cancel(tenancies))
         self._tell("lost", tenancies, now() - min(tenancy.since for tenancy in tenancies), source="")
         self._happened("abandoned", tenancies)
 

@@ -15,9 +15,12 @@ from pool.backends.base import Backend
 from pool.manager import BackendPoolManager
 from pool.runtime import Call, loop_thread
 from pool.sharding.hashing import shard_of
-from pool.sharding.ownership import FOREVER, Ownership, now
+from pool.sharding.ownership import Ownership, now
 
 logger = logging.getLogger(__name__)
+
+LOOK = 0.5
+"""Seconds between two looks at the board, where nobody rings."""
 
 
 class Guard:
@@ -40,18 +43,23 @@ class Guard:
     async def _watch(self) -> None:
         while True:
             self._bell.clear()
-            looked = now()
+            allowed = self._allowed()
             await self._clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._until_the_next_end(looked)):
-                    await self._bell.wait()
+            while not self._bell.is_set() and (present := self._allowed()) >= allowed:
+                allowed = present
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._until_the_next_end()):
+                        await self._bell.wait()
 
-    def _until_the_next_end(self, looked: float) -> float | None:
-        """Seconds until trust, or the grace after it, ends, if that was not so when we *looked*; None: never."""
+    def _allowed(self) -> tuple[bool, bool]:
+        """What is in its time: everything, or what has a grace. Nobody tells when that is renewed, or begins."""
+        trusted, moment = self.ownership.trusted_until, now()
+        return moment < trusted, moment < trusted + self.ownership.grace
+
+    def _until_the_next_end(self) -> float:
+        """Seconds until trust, or the grace after it, ends, if nothing changes before; a look's pause at most."""
         trusted, grace = self.ownership.trusted_until, self.ownership.grace
-        if trusted == FOREVER:
-            return None
-        return next((max(0.0, end - now()) for end in (trusted, trusted + grace) if end > looked), None)
+        return min([LOOK, *(end - now() for end in (trusted, trusted + grace) if end > now())])
 
     def _must_end(self, key: str, backend: Backend | None) -> bool:
         shard = shard_of(key, self.ownership.shards)

@@ -145,6 +145,20 @@ def test_the_guard_acts_on_its_own_when_the_trust_ends(board, pool, guard):
     wait_until(lambda: pool.peek(MINE) is None, "the backend is closed")
 
 
+def test_the_guard_acts_though_it_began_before_there_was_any_trust(board, pool):
+    """As in a prefork child, which is there before the node has joined; nobody tells it of each renewal."""
+    board.hold(1, 5)
+    board.trust(0.0)
+    guard = Guard(board, pool)
+    call = guard.watch()
+    wait_until(lambda: board.host, "it watches")
+    board.trust(now() + 0.6)
+    with pool.backend(MINE):
+        pass
+    wait_until(lambda: pool.peek(MINE) is None, "the backend is closed")
+    call.abandon()
+
+
 def test_the_guard_acts_though_the_trust_ended_while_it_closed_something_else(board, pool, guard, monkeypatch):
     """What it found then was from before that moment."""
     with pool.backend(MINE):

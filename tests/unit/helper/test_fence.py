@@ -56,6 +56,19 @@ def test_an_older_helper_that_cannot_be_ended_is_no_success(tmp_path, older, mon
     assert older.poll() is None
 
 
+def test_an_older_helper_is_ended_though_there_is_no_room_for_the_epoch(tmp_path, older, monkeypatch):
+    """What fills the disk may be its own command; the claim has failed all the same."""
+    register(tmp_path, older, 1)
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, "write", refuse)
+    with pytest.raises(OSError, match="No space"):
+        fence.claim(os.fsencode(tmp_path), b"scope", 2)
+    assert older.wait(10) is not None
+
+
 def test_an_older_epoch_is_told_the_newer_one(tmp_path):
     """And changes nothing."""
     fence.claim(os.fsencode(tmp_path), b"scope", 7)
