@@ -175,10 +175,11 @@ class Chats:
         here = self._here
         with interruptible(here.notify), here.free:
             while key in here.busy:
+                check_interrupt()  # before each wait: what is set from here on notifies
                 left = min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
                 if not here.free.wait(left) and key in here.busy:
                     raise AcquireTimeout(f"another turn of chat {key!r} still runs after {timeout:g} s", "turn")
-                check_interrupt()
+            check_interrupt()
             here.busy.add(key)
         try:
             yield

@@ -22,7 +22,6 @@ import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,8 @@ REPLY_TIMEOUT = 20.0
 CONNECT_TIMEOUT = 5.0
 """Seconds for connecting, where they do not say (``socket_connect_timeout``)."""
 
-OUT_OF_REACH = (RedisConnectionError, RedisTimeoutError, OSError)
+OUT_OF_REACH = (redis.RedisError, OSError)
+"""What keeps something from being told now. A server that refuses (no memory, no disk, a replica) is no better."""
 
 _REGISTER = """
 if redis.call('HGET', KEYS[1], ARGV[1]) == 'fenced' then return 0 end
@@ -150,6 +150,8 @@ class Claims:
                 if isinstance(error, ResponseError) and str(error).startswith("FENCED"):
                     self.on_fenced(self.claimant)
                     raise Fenced(f"claimant {self.claimant} may take nothing: {str(error)[7:]}") from None
+                if isinstance(error, ResponseError):
+                    raise _refusal(error) from error
                 raise
             claims = [Claim(name.decode(), queues[queue], payload) for name, queue, payload in taken]
             self.delivered.update({claim.id: claim for claim in claims})
@@ -233,8 +235,10 @@ class Claims:
                     self._settled.discard(tag)
                 in_hand = set(self.delivered)
                 left += restore(self._client, self.namespace, self.claimant, keep=in_hand | self._settled)
-            except Exception:
+            except Exception as error:
                 self.behind = True
+                if isinstance(error, ResponseError):
+                    raise _refusal(error) from error
                 raise
         if left:
             logger.info("%d messages that %s had not finished went back to their queues", left, self.claimant)
@@ -289,6 +293,11 @@ def redelivered(payload: bytes) -> bytes:
     except (ValueError, KeyError, TypeError):
         return payload
     return json.dumps(message).encode()
+
+
+def _refusal(error: ResponseError) -> RedisConnectionError:
+    """To the worker it is a lost connection: Celery connects again, until the server takes what it is told."""
+    return RedisConnectionError(f"Redis refuses: {error}")
 
 
 def _keys(namespace: str, claimant: str) -> list[str]:

@@ -40,6 +40,8 @@ class Consumption:
 
     def detach(self) -> None:
         """The connection is gone; RabbitMQ delivers again what has not started, on Redis it stays ours."""
+        if self._consumer is None:  # lost again before it was attached: nothing has come by it
+            return
         if self.turns is not None and not hasattr(self._channel(), "give_back"):
             self.turns.withdraw()
         self._consumer = None

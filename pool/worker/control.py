@@ -20,6 +20,7 @@ from pool.sharding.hashing import shard_of
 from pool.worker.explain import explain
 from pool.worker.maintenance import close_chat
 from pool.worker.report import report_of, stats_of
+from pool.worker.takeover import requests
 from pool.worker.task import PooledTask
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def pool_close(state: Any, key: str) -> dict[str, Any]:
 @control_command(args=[("task_id", str), ("reason", str)], signature="<task id> [reason]")
 def pool_cancel(state: Any, task_id: str, reason: str | None = None) -> dict[str, Any]:
     """End a task of the pool: one that runs, with all its commands; its backend stays warm. One that waits, too."""
-    request = worker_state.requests.get(task_id)
+    active = (request for request in requests(worker_state.active_requests) if request.id == task_id)
+    request = next(active, None) or worker_state.requests.get(task_id)  # it may have been delivered again
     if request is not None and not isinstance(request.task, PooledTask):
         return {"error": f"{request.name} is no task of the pool: use revoke", "found": "no"}
     running = request is not None and request in worker_state.active_requests

@@ -1,14 +1,22 @@
 """Celery's execution pools: which of them keep a key in one process, whose turn it is, and how tasks are ended."""
 
+import logging
+import time
 from typing import Any
 
 from celery.concurrency.base import apply_target
 from celery.exceptions import WorkerTerminate
 from celery.utils import log
+from celery.worker import state
 
 from pool.errors import ConfigError
 from pool.worker.router import KEY_HEADER
 from pool.worker.turns import Job, Turns
+
+logger = logging.getLogger(__name__)
+
+RETRY_PAUSE = 1.0
+"""Seconds until a message goes back whose task's end could not be told."""
 
 
 def check_execution_pool(worker: Any) -> bool:
@@ -88,9 +96,23 @@ class Call:
         return Job(f"{key}\0{lane}", queue, self, 1)  # no key holds a control character
 
     def run(self) -> None:
-        """Call it in this thread, unless it was revoked or has expired while it waited."""
-        if self.request is None or not self.request.revoked():
-            apply_target(*self._call)
+        """Call it in this thread, unless it was revoked or has expired while it waited.
+
+        What Celery cannot handle (a result backend that refuses to store how the task ended, out of memory) would be
+        lost with the thread's future, and with it the message. It goes back, and is tried again a moment later.
+        """
+        try:
+            if self.request is None or not self.request.revoked():
+                apply_target(*self._call)
+        except Exception as error:
+            logger.exception("how a task ended could not be told: its message goes back")
+            if self.request is not None:
+                time.sleep(RETRY_PAUSE)  # with its key's turn: the order is kept
+                state.task_ready(self.request)
+                if isinstance(error, MemoryError):  # Celery has stored that as the task's failure
+                    self.request.acknowledge()
+                else:
+                    self.request.reject(requeue=True)
 
     def terminate(self, signal: int) -> None:
         """Celery's last word to a task that it terminates: nothing is left to do.

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 REMEMBERED = 1000
 """Keys whose last runs are remembered."""
+EARLY = 100
+"""Cancels of tasks that do not run (yet) that are remembered."""
 LAST = 5
 """Runs of each."""
 
@@ -63,15 +65,18 @@ class Run:
         """Take a piece of what it writes, and how many bytes are missing before it; on the event loop."""
         self.bytes += missing + len(data)
         self.lines += data.count(b"\n")
-        if self._live is not None:
-            self._live.feed(stream, data, missing)
+        live = self._live
+        if live is not None:
+            live.feed(stream, data, missing)
 
     def end(self, state: str, exit_code: int | None) -> None:
         """It has ended; those who follow its output are told."""
         with self.ending:
             self.state, self.ended = state, monotonic()
-        if self._live is not None:
-            self._live.close(state, exit_code)
+        # What it has begun on the event loop (a connection) may keep this run for as long as it lives.
+        live, self._live, self.request = self._live, None, None
+        if live is not None:
+            live.close(state, exit_code)
 
     def told(self) -> dict[str, Any]:
         """Describe it, for people."""
@@ -118,8 +123,9 @@ class Running:
         self._live = live
         self._limits = limits
         self._lock = threading.Lock()
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[Run, None] = {}  # of one id there may be two: RabbitMQ delivers again what it lost sight of
         self._last: OrderedDict[str, deque[Past]] = OrderedDict()
+        self._early: OrderedDict[str, str] = OrderedDict()  # cancelled between Celery's start of a task and ours
         self._progress = Progress(self.runs)
 
     @contextmanager
@@ -127,7 +133,10 @@ class Running:
         """Run the code of *task* inside of this block; its end is told by what it raises."""
         run = Run(task, key, self._live)
         with self._lock:
-            self._runs[run.task_id] = run
+            self._runs[run] = None
+            early = self._early.pop(run.task_id, None)
+        if early is not None:
+            run.interrupt.set(TaskCancelled(early))
         if run.reports:
             self._progress.wanted()
         limits = None if self._limits is None else TimeLimits.of(run, self._limits)
@@ -150,7 +159,7 @@ class Running:
         run.end(state, exit_code)
         past = run.past()
         with self._lock:
-            self._runs.pop(run.task_id, None)
+            del self._runs[run]
             if run.key is not None:
                 self._last.setdefault(run.key, deque(maxlen=LAST)).appendleft(past)
                 self._last.move_to_end(run.key)
@@ -159,24 +168,29 @@ class Running:
 
     def uses(self, task_id: str, agent: str) -> None:
         """Note which of its key's backends a task has asked for."""
-        with self._lock:
-            if (run := self._runs.get(task_id)) is not None:
-                run.agent = agent
+        for run in self._of(task_id):
+            run.agent = agent
 
     def cancel(self, task_id: str, reason: str) -> bool:
-        """End a task where it waits for its backend, or will next; False: it does not run here."""
+        """End a task where it waits for its backend, or will next; False: it does not run here, or not yet."""
         with self._lock:
-            run = self._runs.get(task_id)
-        if run is None:
-            return False
-        logger.info("cancelling task %s of key %s after %.1f s: %s", task_id, run.key, run.seconds, reason)
-        run.interrupt.set(TaskCancelled(reason))
-        return True
+            runs = self._of(task_id)
+            if not runs:
+                self._early[task_id] = reason
+                if len(self._early) > EARLY:
+                    self._early.popitem(last=False)
+        for run in runs:
+            logger.info("cancelling task %s of key %s after %.1f s: %s", task_id, run.key, run.seconds, reason)
+            run.interrupt.set(TaskCancelled(reason))
+        return bool(runs)
+
+    def _of(self, task_id: str) -> list[Run]:
+        return [run for run in list(self._runs) if run.task_id == task_id]
 
     def runs(self, key: str | None = None) -> list[Run]:
         """Those under way, of one key or of all, oldest first."""
         with self._lock:
-            return [run for run in self._runs.values() if key is None or run.key == key]
+            return [run for run in self._runs if key is None or run.key == key]
 
     def last(self, key: str | None = None) -> dict[str, list[dict[str, Any]]]:
         """Describe the last runs that have ended, newest first, of one key or of all."""
@@ -186,7 +200,7 @@ class Running:
 
 
 def _state_after(error: BaseException) -> str:
-    if isinstance(error, Ignore):  # how a cancelled task ends: its state is stored already
+    if isinstance(error, Ignore | TaskCancelled):
         return "REVOKED"
     if isinstance(error, Retry):
         return "RETRY"

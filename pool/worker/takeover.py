@@ -7,6 +7,7 @@ from typing import Any
 import redis
 from celery import bootsteps
 from celery.worker import state
+from kombu.exceptions import OperationalError
 
 from pool.config import Settings
 from pool.worker.claims import OUT_OF_REACH, Claims, claimants, restore, with_timeouts
@@ -67,8 +68,11 @@ class RedisTakeover:
 
     def _redis(self) -> Any:
         if self._client is None:
-            with self.app.connection_for_write() as connection:
-                params = connection.default_channel._connparams()
+            try:
+                with self.app.connection_for_write() as connection:
+                    params = connection.default_channel._connparams()
+            except OperationalError as error:  # kombu's, which nobody here expects
+                raise redis.ConnectionError(str(error)) from error
             self._client = redis.Redis(connection_pool=redis.ConnectionPool(**with_timeouts(params)))
         return self._client
 

@@ -231,8 +231,12 @@ class PooledTask(Task):
             key = None if self.shard else self._key_of(request)
         except InvalidKey:  # it is told when the task asks for its backend
             key = None
-        with self._extension.running.task(self, key):
-            return self._run(args, kwargs)
+        try:
+            with self._extension.running.task(self, key):
+                return self._run(args, kwargs)
+        except TaskCancelled as error:  # stored when the run has ended: no report of its progress comes later
+            self._revoked(str(error))
+            raise Ignore from None
 
     def _losses(self) -> int:
         """How often this node has lost the message's shard so far."""
@@ -243,9 +247,8 @@ class PooledTask(Task):
         losses = self._losses()
         try:
             return self.run(*args, **kwargs)
-        except TaskCancelled as error:
-            self._revoked(str(error))
-            raise Ignore from None
+        except TaskCancelled:
+            raise
         except PoolError as error:
             # A node that shuts down at once, or has lost the shard, ends what runs: the messages go back unharmed.
             # It may own the shard again by now, when the end of what ran has taken longer.

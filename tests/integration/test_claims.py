@@ -539,6 +539,47 @@ def test_an_acknowledgement_during_an_outage_reaches_the_server_later(
     assert held(server, claimant) == 1
 
 
+@pytest.fixture
+def full(server: redis.Redis) -> Iterator[Callable[[int], None]]:
+    """``full(1)``: the server has no room for anything more; ``full(0)``: it has again."""
+    before = server.config_get("maxmemory-policy")["maxmemory-policy"]
+    server.config_set("maxmemory-policy", "noeviction")
+    yield lambda on: server.config_set("maxmemory", on)
+    server.config_set("maxmemory", 0)
+    server.config_set("maxmemory-policy", before)
+
+
+def test_what_a_server_refuses_to_take_back_goes_back_later(
+    connect: Any, server: redis.Redis, broker: Any, claimant: str, full: Callable[[int], None]
+) -> None:
+    """It is in hand no more, so nobody else would think of it."""
+    receiver = Receiver(connect(), "a")
+    send(broker.url, "a", *"12")
+    receiver.receive(2)
+    full(1)
+    receiver.channel.give_back([message.delivery_tag for message in receiver.messages])
+    claims = Claims.of("t", claimant)
+    assert (claims.delivered, claims.behind, held(server, claimant)) == ({}, True, 2)
+    full(0)
+    assert claims.catch_up() == 2
+    assert waiting(server, "a") == ["1", "2"]
+
+
+def test_a_server_that_refuses_is_a_lost_connection(
+    connect: Any, server: redis.Redis, broker: Any, full: Callable[[int], None]
+) -> None:
+    """Celery connects again, and goes on when there is room."""
+    receiver = Receiver(connect(), "a")
+    assert receiver.nothing_comes()
+    send(broker.url, "a", "1")
+    full(1)
+    with pytest.raises(receiver.connection.connection_errors, match="Redis refuses"):
+        receiver.receive(1)
+    full(0)
+    receiver.connection.close()
+    assert Receiver(connect(), "a").receive(1) == ["1"]
+
+
 def durable(server: redis.Redis) -> bool:
     info = server.info("persistence")
     return not info["aof_rewrite_in_progress"] and not info["aof_pending_bio_fsync"] and not info["aof_buffer_length"]

@@ -16,8 +16,10 @@ from pool.errors import (
     NotOwner,
     PoolError,
     PoolExhausted,
+    TaskCancelled,
     TurnFailed,
 )
+from pool.interrupt import Interrupt
 from pool.sharding.hashing import shard_of
 from pool.worker import chats as module
 from pool.worker.chats import Chats
@@ -255,6 +257,20 @@ def test_a_turn_may_wait_without_end(office):
         waited._thread.join(0.05)
         assert not waited.done
     assert waited.result().id == "t2"
+
+
+def test_an_interrupt_just_before_the_wait_for_a_chat_is_heard(office):
+    """It comes when the wait is announced, and nobody waits yet who could be notified."""
+
+    class Late(threading.Condition):
+        def __enter__(self):
+            stop.set(TaskCancelled("enough"))
+            return super().__enter__()
+
+    office.chats._here.busy.add("c1")
+    office.chats._here.free = Late()
+    with Interrupt() as stop, pytest.raises(TaskCancelled), office.chats.exclusive("c1", 60.0):
+        pass
 
 
 def test_threads_that_come_first_together_share_one_store_and_one_door(office):

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.worker import state
 
 import tasks.turns
 from pool import MemoryBackend, Settings, install
 from pool.sharding.hashing import shard_of
+from pool.worker import execution
 from pool.worker.execution import Call
 from pool.worker.maintenance import CHAT_LANE
 from pool.worker.router import KEY_HEADER
@@ -38,6 +40,49 @@ def call(extension: Any, name: str, key: str | None = "c1", queue: str | None = 
     if key is not None:
         headers[KEY_HEADER] = key
     return Call(lambda *_: None, (name, "id", headers, b"", "json", "utf-8"), {}, None, None)
+
+
+class Request:
+    """What Celery has of a message; *told*: what became of it."""
+
+    id = "id-1"
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        state.requests[self.id] = self
+        state.active_requests.add(self)
+
+    def revoked(self) -> bool:
+        return False
+
+    def on_accepted(self, *_: Any) -> None:
+        pass
+
+    def acknowledge(self) -> None:
+        self.told.append("acknowledged")
+
+    def reject(self, *, requeue: bool) -> None:
+        self.told.append("back" if requeue else "dropped")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(OSError("no room for the result"), ["back"]), (MemoryError(), ["acknowledged"]), (None, [])]
+)
+def test_what_celery_cannot_handle_does_not_strand_the_message(error, told, monkeypatch, caplog):
+    """Its credit and its shard are free again; a failure for want of memory is stored, and not tried again."""
+    monkeypatch.setattr(execution, "RETRY_PAUSE", 0.0)
+    request = Request()
+
+    def target() -> None:
+        if error is not None:
+            raise error
+
+    Call(target, (), {}, lambda _: None, request.on_accepted).run()
+    assert request.told == told
+    assert (request in state.active_requests) == (error is None)
+    assert (request.id in state.requests) == (error is None)
+    assert ("its message goes back" in caplog.text) == (error is not None)
+    state.task_ready(request)
 
 
 def test_turns_and_closes_of_a_chat_share_a_lane_of_one(extension):

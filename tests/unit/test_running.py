@@ -49,6 +49,7 @@ def task(task_id="t1", *, progress=False, timelimit=None, **limits):
         (Retry(), "RETRY"),
         (Reject("it goes back", requeue=True), "REJECTED"),
         (Ignore(), "REVOKED"),
+        (TaskCancelled("enough"), "REVOKED"),
         (KeyboardInterrupt(), "FAILURE"),
     ],
 )
@@ -136,6 +137,42 @@ def test_a_cancel_reaches_the_run_of_that_id_and_no_other():
             check_interrupt()
     assert not here.cancel("t1", "again")
     check_interrupt()
+
+
+def test_of_two_runs_of_one_id_each_is_known_to_its_end():
+    """RabbitMQ delivers again what it has lost sight of, while the first one runs on."""
+    here = Running()
+    with here.task(task("t1"), "u1") as second:
+        with here.task(task("t1"), "u1") as first:
+            assert here.cancel("t1", "both")
+            assert first.interrupt.is_set and second.interrupt.is_set
+        assert here.runs() == [second]
+        assert here.cancel("t1", "again")
+    assert not here.runs()
+
+
+def test_a_run_that_has_ended_keeps_nothing_of_its_request():
+    """What it has begun on the event loop may keep the run itself for long."""
+    here, own = Running(), task()
+    with here.task(own, "u1") as run:
+        assert run.request is own.request
+    run.feed("stdout", b"late", 0)
+    assert run.request is None
+
+
+def test_a_cancel_that_comes_before_the_run_is_kept_for_it(monkeypatch):
+    """Celery takes a task for running a moment before it is here. Of those that never come, the last few are kept."""
+    monkeypatch.setattr(running, "EARLY", 2)
+    here = Running()
+    for task_id in ("gone", "t1", "t2"):
+        assert not here.cancel(task_id, "too early")
+    with here.task(task("gone"), "u1"):
+        check_interrupt()
+    for task_id in ("t1", "t2"):
+        with here.task(task(task_id), "u1"), pytest.raises(TaskCancelled, match="too early"):
+            check_interrupt()
+    with here.task(task("t1"), "u1"):
+        check_interrupt()
 
 
 def test_no_progress_comes_after_the_end_of_a_task(monkeypatch):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.exceptions import Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry
 from celery.result import AsyncResult
 
 from pool import MemoryBackend, PoolConfig, Settings, install
@@ -18,6 +18,7 @@ from pool.errors import (
     InvalidKey,
     NotOwner,
     PoolExhausted,
+    TaskCancelled,
 )
 from pool.sharding.hashing import shard_of
 from pool.worker.task import EXHAUSTED_DELAY, MIN_RETRY_DELAY, PooledTask
@@ -370,6 +371,20 @@ def test_a_shard_that_was_lost_meanwhile_and_is_owned_again_sends_the_message_ba
         assert caught.value.requeue
     with Message(task, "u1", delivery_info=way), pytest.raises(CommandFailed):
         task("u1")
+
+
+def test_a_cancelled_task_is_told_as_such_when_its_run_has_ended(app, monkeypatch):
+    """Whatever is reported of a run comes before."""
+    runs, order = app.warm_pool.running.runs, []
+
+    def body(self: Any) -> None:
+        raise TaskCancelled("enough")
+
+    task = make(app, body)
+    monkeypatch.setattr(PooledTask, "_revoked", lambda self, reason: order.append((reason, runs())))
+    with Message(task, "u1"), pytest.raises(Ignore):
+        task("u1")
+    assert order == [("enough", [])]
 
 
 def test_a_backend_closed_by_a_stopping_node_sends_the_message_back(app):
