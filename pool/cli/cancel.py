@@ -86,10 +86,10 @@ def _waiting(nodes: Nodes, replies: Replies, task_id: str) -> Cancelled:
     """No node has it: it is in a queue, or there is none. Those who answered will not start it."""
     missing = replies.missing
     queue = _queue_of(nodes, task_id)
-    if queue is not None and replies.answers:
+    if queue is not None and replies.answers and not missing:
         return Cancelled("waiting", None, f"{task_id} was waiting in {queue} and will not start", missing)
     if queue is not None:
-        return Cancelled("unknown", None, f"{task_id} waits in {queue}, and no node answers", missing)
+        return Cancelled("unknown", None, f"{task_id} waits in {queue}, and not every node has answered", missing)
     return Cancelled("unknown", None, f"{task_id} is unknown: no node has it, and it has no result", missing)
 
 

@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from celery import Celery
@@ -15,7 +16,9 @@ from click.testing import CliRunner
 
 import tasks.builds  # noqa: F401 - a shared task: every app knows it
 from pool import Settings, install
+from pool.cli import cancel as cancelling
 from pool.cli import pool
+from pool.cli.nodes import Replies
 
 COMMANDS = "status top backends explain run logs cancel close sweep drain undrain doctor".split()
 GONE = "redis://:canary-password@127.0.0.1:1/0"
@@ -137,3 +140,13 @@ def test_a_shell_can_complete_commands_and_options(line, found):
     words = line.split()[1:]
     completion = BashComplete(Group(commands={"pool": pool}), {}, "celery", "_CELERY_COMPLETE")
     assert [item.value for item in completion.get_completions(words[:-1], words[-1])] == found
+
+
+def test_a_task_in_a_queue_may_start_where_a_node_does_not_answer(monkeypatch):
+    """It is no success then, and the node is named."""
+    monkeypatch.setattr(cancelling, "_state", lambda *_: "PENDING")
+    monkeypatch.setattr(cancelling, "_queue_of", lambda *_: "pool.shard.001")
+    for missing, found in ([], "waiting"), (["b@x"], "unknown"):
+        replies = Replies({"a@x": {"found": "no", "ok": "it will not start at this node"}}, missing)
+        told = cancelling.cancelled(SimpleNamespace(ask=lambda *_, replies=replies, **__: replies), "t1")
+        assert (told.found, told.ok, told.no_answer) == (found, not missing, missing)
