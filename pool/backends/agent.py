@@ -4,6 +4,7 @@ A subclass writes the five ``_...`` methods; cancelling, time-outs and what is k
 """
 
 import asyncio
+import contextlib
 import logging
 from abc import abstractmethod
 from typing import Any
@@ -171,7 +172,10 @@ class AgentBackend(Backend):
                 self.mark_lost()
                 raise TurnFailed(f"{self!r} gave the turn up", "died", collector.text[-_TAIL:]) from None
             collector.detach()  # who follows may be gone, and what is not read would hold the agent up
-            await self._stop(working)
+            stopping = asyncio.ensure_future(self._stop(working))
+            while not stopping.done():  # a second cancel, as by the hard limit after the soft one, changes nothing
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({stopping})
             raise
         except Exception:
             self._refuse_closed()

@@ -145,8 +145,8 @@ class Channels:
             try:
                 await asyncio.shield(task)
             except asyncio.CancelledError:
+                task.add_done_callback(_close_late)  # first: a second cancel may come while it waits
                 await asyncio.wait({task}, timeout=_KILL_PATIENCE)
-                task.add_done_callback(_close_late)
                 if session.started:
                     await session.kill()
                 raise
@@ -185,6 +185,8 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
         self._capture = capture
         self._channel: Any = None
         self._code: int | None = None
+        self._connection: Any = None
+        self._eof = False
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._on_closed: Callable[[], None] | None = None
 
@@ -195,6 +197,11 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
 
     def connection_made(self, chan: Any) -> None:
         self._channel = chan
+        self._connection = chan.get_connection()
+
+    def eof_received(self) -> bool:
+        self._eof = True
+        return False
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
         stream: Stream = "stdout" if datatype is None else "stderr"
@@ -238,7 +245,7 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
         except asyncio.CancelledError:
             await self.kill()
             raise
-        if error is not None or self._code is None:
+        if error is not None or self._code is None or (not self._eof and self._connection.is_closed()):
             raise self._backend.lost_error(error or BackendUnavailable("the session ended without an exit code"))
         return self._code
 

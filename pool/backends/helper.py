@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 5.0
 """Seconds for the host's python3 to begin; one that takes longer counts as none."""
+_LARGEST = 64 << 20
+"""Bytes of one frame at most, but for output: the names in a folder."""
 _SAID = 400
 """Bytes of stderr that are kept, for the reason why there is no helper."""
 _KILL_PATIENCE = wire.KILL_GRACE + 5.5
@@ -60,7 +62,8 @@ class Helper(asyncssh.SSHClientSession[bytes]):
         self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pulse = None if trust is None else Pulse(trust, self._tell)
         self._begun = False  # what came before its mark was not its own
-        self._unread = b""
+        self._unread = bytearray()
+        self._wanted = 0  # bytes of the frame of which `_unread` is the beginning, where that is known
         self._rest: tuple[int, int, int] | None = None  # of an output frame that came in part: kind, number, bytes
         self._said = b""  # at last, on stderr
         self._calls: dict[int, Call[Any]] = {}
@@ -263,9 +266,9 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             mark = wire.mark(self._token)
             _, found, rest = self._unread.partition(mark)
             if found:
-                self._unread = b""
+                self._unread = bytearray()
                 self._begun = True
-                self._parse(rest)
+                self._parse(bytes(rest))
             else:
                 self._unread = self._unread[-len(mark) :]
 
@@ -276,19 +279,25 @@ class Helper(asyncssh.SSHClientSession[bytes]):
             self._rest = None
             at = self._feed(kind, number, length, data, 0)
         elif self._unread:
-            data = self._unread + data
-            self._unread = b""
+            self._unread += data
+            if len(self._unread) < self._wanted:
+                return
+            data, self._unread = bytes(self._unread), bytearray()
+        self._wanted = 0
         while len(data) - at >= wire.HEADER.size:
             kind, number, length = wire.HEADER.unpack_from(data, at)
             start = at + wire.HEADER.size
             if kind in (wire.OUT, wire.ERR):
                 at = self._feed(kind, number, length, data, start)
             elif len(data) - start < length:
+                if length > _LARGEST:
+                    raise ValueError(f"a frame of {length} bytes is announced")  # asyncssh ends the connection
+                self._wanted = wire.HEADER.size + length
                 break
             else:
                 at = start + length
                 self._answer(kind, number, data[start:at])
-        self._unread = data[at:]
+        self._unread = bytearray(data[at:])
 
     def _feed(self, kind: int, number: int, length: int, data: bytes, start: int) -> int:
         """Pass on what there is of an output frame; return where the next frame begins."""

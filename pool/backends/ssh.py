@@ -185,6 +185,9 @@ class RemoteFilesystemBackend(WorkspaceBackend):
             self._stop_watchdog()
             connection.abort()
             raise
+        if self._connection is not connection:  # lost since, when `mark_lost` had nothing to say yet
+            self._stop_watchdog()
+            raise self.lost_error()
 
     def _options(self) -> dict[str, Any]:
         """Everything for asyncssh; secrets are read here, at the last moment, and kept nowhere."""

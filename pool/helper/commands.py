@@ -45,6 +45,8 @@ class Stdin:
     def add(self, data: bytes) -> None:
         """Take the next piece; what goes wrong is told by `descriptor`."""
         self.consumed += len(data)
+        if self._errno:
+            return
         try:
             self._file.write(data)
         except OSError as error:
@@ -61,7 +63,10 @@ class Stdin:
 
     def close(self) -> None:
         """Forget it; a command that has started has its own hold of it."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:  # no room for what was not written yet: nobody will read it
+            pass
 
 
 class Command:

@@ -62,7 +62,7 @@ def _claim(root: bytes, folder: int, epoch: int) -> None:
             lives = False
         if not lives:
             os.unlink(name, dir_fd=folder)
-    if failed is not None:
+    if failed:
         raise failed
     me = family.look(os.getpid())
     text = b"%d %d %s %d" % (os.getpid(), me.start if me else 0, durable.boot(), epoch)

@@ -19,7 +19,7 @@ class Follower:
         """The error number with which the child ended, if it did."""
         self.credit = wire.WINDOW
         self.due = 0.0
-        self._to_kill = False
+        self._to_kill = self._over = False
         self._pause = _POLLS[0]
         self._folder = -1
         self._keeper = None  # type: durable.KeptBy | None
@@ -50,7 +50,7 @@ class Follower:
             if self._keeper.lives():
                 family.ask_to_end(self._keeper.pid)
         ended = self._ended(now)  # before the output: what there is then is all of it
-        frames = self._output()
+        frames = [] if self._over else self._output()
         if frames:
             self.hurry()
         elif ended is not None:
@@ -61,14 +61,15 @@ class Follower:
         """Get to know the keeper; return why there is none, "" for not yet."""
         if self._keeper is None:
             told = durable.read(self._folder, b"keeper")
-            if told is None:
+            if not told:  # empty: the host went down before it was on the disk
                 if self.child:
                     return b""
                 return wire.join(b"os", b"%d" % self.failed, b"/bin/sh") if self.failed else b"gone"
             self._keeper = durable.KeptBy(told)
             if self._keeper.digest != self._request.digest:
                 return b"another"
-        return durable.read(self._folder, b"refused")
+        why = durable.read(self._folder, b"refused")
+        return b"gone" if why == b"" else why
 
     def _ended(self, now: float) -> "bytes | None":
         """Return how the command ended; "" when nobody can tell any more, None while it runs."""
@@ -151,7 +152,8 @@ class Follower:
 
     def kill(self) -> None:
         """Have the keeper end the command."""
-        self._to_kill = True
+        self._to_kill = self._over = True
+        self.credit = max(1, self.credit)  # nobody reads its output any more, and its end costs none
         self.hurry()
 
     def hurry(self) -> None:

@@ -122,6 +122,23 @@ def test_commands_cancelled_at_any_moment_leave_nothing(shell, sh):
     assert shell.logins() == logins
 
 
+def test_a_command_of_which_the_end_was_not_read_is_no_success(remote):
+    """It has ended, with all of its output under way; the reader is slow, and the backend is destroyed."""
+    sh = remote.backend(max_output=1 << 23)
+    sh.exec("true")
+
+    def slow(*_):
+        wait_gone(wait_pid(remote.root / "pid"))
+        sh.destroy()
+
+    try:
+        result = sh.exec("echo $$ > pid; head -c 1800000 /dev/zero", encoding=None, on_output=slow)
+    except BackendClosed:
+        pass
+    else:
+        assert result.stdout == bytes(1_800_000)
+
+
 def test_destroy_ends_running_commands(shell, sh):
     """A command under way raises BackendClosed, and its process is gone."""
     errors = []

@@ -201,7 +201,9 @@ def test_a_login_shell_that_ends_before_the_helper(tmp_path, how):
 
 
 class HastyServer(asyncssh.SSHServer):
-    """Ends every command at once; the reply and the end arrive in one piece."""
+    """Ends every command at once; the reply and the end arrive in one piece. *leaves*: and so does the server, then."""
+
+    leaves = False
 
     def begin_auth(self, username):
         return False
@@ -223,6 +225,8 @@ class HastySession(asyncssh.SSHServerSession):
     def session_started(self):
         self.chan.write("".join(self.words))
         self.chan.exit(0 if self.words else 127)
+        if HastyServer.leaves:
+            asyncio.get_running_loop().call_later(0, self.chan.get_connection().close)
 
 
 async def use_hasty(use, **options):
@@ -281,6 +285,21 @@ def test_a_process_that_ends_as_soon_as_its_channel_is_open():
 
     with no_leaks():
         loop_thread().run(use_hasty(use))
+
+
+def test_a_connection_that_is_lost_as_soon_as_it_was_made(monkeypatch):
+    """It is not taken for one that works."""
+    monkeypatch.setattr(HastyServer, "leaves", True)
+
+    async def use(backend):
+        for _ in range(3):
+            with pytest.raises(BackendUnavailable) as caught:
+                await backend.connect()
+            assert caught.value.reason == "lost"
+            assert not backend.usable
+
+    with no_leaks():
+        loop_thread().run(use_hasty(use, exec_mode="channel"))
 
 
 def test_a_watchdog_that_ends_as_soon_as_it_has_told_the_time(caplog):

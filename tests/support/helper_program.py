@@ -31,6 +31,7 @@ class Call:
     out: bytearray = field(default_factory=bytearray)
     err: bytearray = field(default_factory=bytearray)
     told: bytes = b""
+    missing: bytes = b""  # of stdout and stderr, as told last
     granted: int = 0  # credit for what we send
     kind: int = 0
     payload: bytes = b""
@@ -215,6 +216,8 @@ class Program:
                 call.granted += struct.unpack(">I", payload)[0]
             elif kind == wire.STARTED:
                 call.told = payload
+            elif kind == wire.GAP:
+                call.missing = payload
             else:
                 assert kind in FINAL, kind
                 call.kind, call.payload = kind, payload

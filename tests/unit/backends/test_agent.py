@@ -223,6 +223,23 @@ def test_an_agent_whose_turn_has_ended_is_not_ended_for_a_request_that_hangs(far
     assert "did not end its turn" not in caplog.text
 
 
+def test_a_turn_that_is_cancelled_twice_has_ended_when_that_is_told(agent):
+    """As by a soft time limit, and the hard one while the agent is still being asked to stop."""
+    agent.farm.prompts.shut()
+    agent.farm.cancels.shut()
+    call = loop_thread().spawn(agent._turn("do it", None, None, None))
+    wait_until(lambda: agent.working, "the turn works")
+    call.cancel()
+    wait_until(lambda: agent.farm.did("cancel"), "the agent is being asked")
+    call.cancel()
+    loop_thread().run(asyncio.sleep(0.05))
+    assert agent.is_busy()
+    agent.farm.cancels.open()
+    agent.farm.prompts.open()
+    wait_until(lambda: call.done, "the turn has ended")
+    assert at_rest(agent)
+
+
 def test_a_cancel_between_turns_is_none_and_hits_no_later_turn(agent):
     """It says so."""
     assert not agent.cancel()

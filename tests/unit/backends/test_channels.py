@@ -144,6 +144,25 @@ def test_a_server_that_refuses_although_nothing_can_end_is_an_error(lasting, mon
     asyncio.run(main())
 
 
+def test_a_start_that_is_cancelled_twice_leaves_no_command(monkeypatch):
+    """The channel opens when everybody has gone: it is closed."""
+
+    async def main():
+        answer, closed = asyncio.get_running_loop().create_future(), []
+        connection = SimpleNamespace(is_closed=lambda: False, create_session=lambda *_, **__: answer)
+        session = SimpleNamespace(started=False)
+        starting = asyncio.create_task(Channels(1).start(connection, session, "true", b""))
+        for _ in range(2):
+            await asyncio.sleep(0.01)
+            starting.cancel()
+        await asyncio.wait({starting})
+        answer.set_result((SimpleNamespace(close=lambda: closed.append(True)), session))
+        await asyncio.sleep(0.01)
+        assert closed == [True]
+
+    asyncio.run(main())
+
+
 def test_a_refusal_of_a_dead_connection_is_told_at_once():
     """It is the connection that ended, not the server that refuses."""
 

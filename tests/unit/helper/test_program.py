@@ -296,6 +296,34 @@ def forking(request):
         yield program
 
 
+def test_a_durable_command_can_be_ended_though_nobody_reads_what_it_writes(program, tmp_path):
+    """Its follower has no credit left, and gets no more."""
+    program.credit = False
+    command = b"head -c 6000000 /dev/zero; echo $$ > pid; sleep 1000"
+    request = [b"name", b"digest", b"100000000", b"0.0", command, b"1", bytes(tmp_path)]
+    number = program.open(wire.DURABLE, b"\0".join(request))
+    while len(program.calls[number].out) < wire.WINDOW:
+        program.pump()
+    pid = wait_pid(tmp_path / "pid")
+    program.send(wire.KILL, number)
+    assert program.wait(number).code == 128 + signal.SIGTERM
+    wait_gone(pid)
+
+
+@pytest.mark.parametrize("name", ["keeper", "refused", "ended"])
+def test_a_durable_command_of_which_only_names_are_left_is_gone(program, tmp_path, name):
+    """As after a power cut: nobody can tell how it ended, and nothing else is concerned."""
+    folder = tmp_path / ".pool" / "durable" / "name"
+    folder.mkdir(parents=True)
+    if name != "keeper":
+        (folder / "keeper").write_text("999999 1 another-boot digest")
+    (folder / name).touch()
+    request = [b"name", b"digest", b"1000000", b"0.0", b"true", b"1", bytes(tmp_path)]
+    call = program.wait(program.open(wire.DURABLE, b"\0".join(request)))
+    assert (call.kind, call.payload) == (wire.FAILED, b"gone")
+    assert program.run("echo on").out == b"on\n"
+
+
 def test_without_posix_spawn_it_forks(forking, tmp_path):
     """The same in all that a command can see."""
     call = forking.run('echo out; echo err >&2; cat; echo "$A"; ps -o sid= -p $$; echo $$; exit 7', A="x")

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from pool.helper import wire
+from pool.helper.commands import Stdin
 from tests.support.helper_program import Program
 
 PIECE = b"x" * wire.CHUNK
@@ -28,6 +29,18 @@ def test_a_command_reads_what_came_before_it(program, pieces):
     program.give(*pieces)
     assert program.run("cat").out == b"".join(pieces)
     assert program.run("cat; echo none").out == b"none\n"
+
+
+def test_what_there_is_no_room_for_is_forgotten_in_silence():
+    """Its buffer is written once more when it is closed; an error there would end everything that the helper runs."""
+    stdin = Stdin()
+    stdin.close()
+    stdin._file = open("/dev/full", "wb")
+    stdin.add(b"x" * 100)
+    with pytest.raises(OSError, match="No space"):
+        stdin._file.flush()
+    stdin.close()
+    assert stdin._file.closed
 
 
 def test_credit_is_given_for_what_was_taken(program):
