@@ -15,7 +15,7 @@ from pool.worker.turns import Job, Turns
 
 logger = logging.getLogger(__name__)
 
-RETRY_PAUSE = 1.0
+RETRY_PAUSE = 5.0
 """Seconds until a message goes back whose task's end could not be told."""
 
 
