@@ -14,6 +14,7 @@ from typing import Any
 import click
 from celery import bootsteps
 from celery.exceptions import WorkerShutdown
+from celery.worker import state
 
 from pool.errors import ConfigError
 from pool.worker import rabbitmq
@@ -96,6 +97,14 @@ class OwnershipStep(bootsteps.StartStopStep):
             except ConfigError as error:
                 logger.critical("this node must not take part: %s", error)
                 raise WorkerShutdown(os.EX_CONFIG) from None
+
+    def close(self, worker: Any) -> None:
+        """Give back what has not started, before Celery's consumer forgets what waits in it for an ETA."""
+        if not state.should_terminate:
+            try:
+                worker.app.warm_pool.consumption.cancel_all()
+            except Exception:  # here it would end the whole shutdown
+                logger.exception("what has not started goes back at the end")
 
     def stop(self, worker: Any) -> None:
         """Give back what has not started and wait for what runs, with the hub turning: the broker hears heartbeats."""

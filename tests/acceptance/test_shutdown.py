@@ -11,6 +11,7 @@ import pytest
 from celery import states
 
 from pool.loopback_sshd import LoopbackSshd
+from pool.sharding.hashing import shard_of
 from tests.support.celery_nodes import WorkerNode, process_gone
 from tests.support.processes import wait_group_gone
 from tests.support.site import BROKERS, RESULT_TIMEOUT, Gate, Producer, Site, connections, ssh_hosts
@@ -114,6 +115,27 @@ def test_term_leaves_what_has_not_started_to_the_next_node(
     assert site.messages() == 0
     with site.redis() as client:
         assert client.keys("pool.claim*") == []
+
+
+def test_term_gives_back_at_once_what_waits_for_its_time(
+    start: Start, producer: Producer, gate: Gate, key: str, site: Site
+) -> None:
+    """Another node runs it in time, though a build of another key keeps this one."""
+    first = start("first")
+    running = producer.build(key, gate.command)
+    gate.wait_started()
+    other = next(f"{key}-{n}" for n in range(99) if shard_of(f"{key}-{n}", 64) != shard_of(key, 64))
+    delayed = producer.send("probe.where", other, countdown=8)
+    first.kill("SIGTERM")
+    first.wait_for("Warm shutdown")
+    second = start("second")
+    assert delayed.get(timeout=RESULT_TIMEOUT)["node"] == second.hostname()
+    assert running.state not in states.READY_STATES
+    gate.open()
+    assert first.wait() == 0
+    assert running.get(timeout=RESULT_TIMEOUT)["node"] == first.hostname()
+    assert second.stop() == 0
+    assert site.messages() == 0
 
 
 @pytest.mark.parametrize("execution", ["threads", "prefork", "solo"])
