@@ -139,6 +139,7 @@ class Channels:
         self, connection: asyncssh.SSHClientConnection, session: "CommandSession", line: str, setup: bytes
     ) -> None:
         """Start *line* on a channel of its own. Cancelled, it leaves no command behind. Raises as `granted`."""
+        session.connection = connection
 
         async def opening() -> None:
             task = asyncio.ensure_future(connection.create_session(lambda: session, line, encoding=None))
@@ -180,12 +181,13 @@ def _close_late(opening: "asyncio.Future[Any]") -> None:
 class CommandSession(asyncssh.SSHClientSession[bytes]):
     """One running command: feeds its output to the capture; ended when the server closes the channel."""
 
+    connection: asyncssh.SSHClientConnection
+
     def __init__(self, backend: "RemoteFilesystemBackend", capture: Capture) -> None:
         self._backend = backend
         self._capture = capture
         self._channel: Any = None
         self._code: int | None = None
-        self._connection: Any = None
         self._eof = False
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._on_closed: Callable[[], None] | None = None
@@ -197,7 +199,6 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
 
     def connection_made(self, chan: Any) -> None:
         self._channel = chan
-        self._connection = chan.get_connection()
 
     def eof_received(self) -> bool:
         self._eof = True
@@ -245,7 +246,7 @@ class CommandSession(asyncssh.SSHClientSession[bytes]):
         except asyncio.CancelledError:
             await self.kill()
             raise
-        if error is not None or self._code is None or (not self._eof and self._connection.is_closed()):
+        if error is not None or self._code is None or (not self._eof and self.connection.is_closed()):
             raise self._backend.lost_error(error or BackendUnavailable("the session ended without an exit code"))
         return self._code
 
