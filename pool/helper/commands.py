@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _ARGUMENT_LIMIT = 100000
 """Bytes of a command; a longer one is read from a file. Linux takes at most 128 KiB in one argument."""
 
-_RESTORED = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
-"""Signals that Python, or the helper, ignores, and a command must not."""
+_RESTORED = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM]
+"""Signals that Python, the helper, or whoever started sshd in the background, ignores, and a command must not."""
 
 _SPARED = 16
 """Descriptors that commands leave to the rest: looking at processes, and file operations."""

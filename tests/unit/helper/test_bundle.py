@@ -29,7 +29,7 @@ OLD = {
     "resource": {"RLIMIT_NOFILE", "getrlimit"},
     "select": {"POLLIN", "POLLOUT", "poll"},
     "signal": set(
-        "SIGCHLD SIGCONT SIGHUP SIGINT SIGKILL SIGPIPE SIGTERM SIGXFSZ SIG_BLOCK SIG_DFL SIG_IGN SIG_SETMASK"
+        "SIGCHLD SIGCONT SIGHUP SIGINT SIGKILL SIGPIPE SIGQUIT SIGTERM SIGXFSZ SIG_BLOCK SIG_DFL SIG_IGN SIG_SETMASK"
         " SIG_UNBLOCK pthread_sigmask set_wakeup_fd signal".split()
     ),
     "sys": {"maxsize", "platform"},
